@@ -1,0 +1,6 @@
+"""Public ops.  This layer alone knows which backend runs."""
+
+from dti_fast.ops.sphere_step import sphere_step_
+from dti_fast.ops.token_embed import token_embed
+
+__all__ = ["sphere_step_", "token_embed"]
