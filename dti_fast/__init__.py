@@ -1,0 +1,26 @@
+"""dti-fast: teach a text-to-image model a new concept as a direction.
+
+Importing this costs torch alone; whatever needs diffusers or transformers is imported when it is used.
+"""
+
+import importlib
+
+from dti_fast import ops, sphere
+from dti_fast.optim import SphericalSGD
+from dti_fast.tokens import TokenEmbedding
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "load_embedding": "dti_fast.formats",
+    "train": "dti_fast.trainer.loop",
+    "TrainConfig": "dti_fast.trainer.config",
+}
+
+__all__ = ["SphericalSGD", "TokenEmbedding", "load_embedding", "ops", "sphere", "train", "TrainConfig"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'dti_fast' has no attribute {name!r}")

@@ -1,0 +1,91 @@
+"""From `--pretrained_model_name_or_path` to a backbone: a diffusers folder, a hub id, or one file."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from dti_fast.errors import UserError
+
+POCKET = "pocket"
+POCKET_FOLDER = Path(__file__).parent.parent / "pocket" / "model"
+ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+CLASSES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+}
+
+
+def check_model(name: str) -> None:
+    """Raise a UserError if `name` plainly names no model; reads a few kB and imports nothing heavy."""
+    path = Path(name)
+    if name in (POCKET, *ALIASES):
+        return
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{name!r} is not a .safetensors file; pickled checkpoints are not read, convert it first")
+        _identify(path)
+    elif path.is_dir():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise UserError(f"{name!r} is no diffusers pipeline: it has no model_index.json")
+        try:
+            _family(json.loads(index.read_text())["_class_name"], name)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(index)!r} is damaged: {error}") from None
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"there is no model {name!r}: give a diffusers folder, a .safetensors file or a hub id")
+
+
+def load_backbone(name: str, dtype: torch.dtype, device: torch.device):
+    """Load a model straight in `dtype` onto `device`; its VAE in float32, or bfloat16 if `dtype` is.
+
+    Raises:
+        UserError: if the model cannot be found or is of a family that cannot be trained.
+    """
+    check_model(name)
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    from dti_fast.backbones.sd import StableDiffusion
+    from dti_fast.backbones.sdxl import StableDiffusionXL
+
+    source = str(POCKET_FOLDER) if name == POCKET else ALIASES.get(name, name)
+    vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    dtypes = {"default": dtype, "vae": vae_dtype}
+    try:
+        if Path(source).is_file():
+            from dti_fast.backbones.configs import config_folder
+
+            version = _identify(Path(source))
+            family = "sdxl" if version == "sdxl" else "sd"
+            pipeline_class = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+            pipeline = pipeline_class.from_single_file(
+                source, config=str(config_folder(version)), local_files_only=True, torch_dtype=dtype
+            )
+            pipeline.vae.to(vae_dtype)
+        else:
+            family = _family(DiffusionPipeline.load_config(source)["_class_name"], name)
+            extra = {} if family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
+            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtypes, **extra)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the model {name!r} cannot be loaded: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    return {"sd": StableDiffusion, "sdxl": StableDiffusionXL}[family](pipeline)
+
+
+def _family(class_name: str, name: str) -> str:
+    if class_name not in CLASSES:
+        raise UserError(f"{name!r} is a {class_name}; dti-fast trains {' and '.join(CLASSES)}")
+    return CLASSES[class_name]
+
+
+def _identify(path: Path) -> str:
+    from dti_fast.backbones.configs import identify_single_file
+
+    try:
+        return identify_single_file(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None

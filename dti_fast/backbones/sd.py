@@ -1,0 +1,77 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, its last hidden state conditions the UNet."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from dti_fast.errors import UserError
+
+
+class StableDiffusion:
+    """A loaded pipeline as the training loop sees it.
+
+    Attributes:
+        pipeline: the diffusers pipeline; previews run on it.
+        text_encoders, tokenizers: in the order in which embedding files name them.
+    """
+
+    family = "sd"
+    embedding_keys = ("emb_params",)
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+        self.unet, self.vae = pipeline.unet, pipeline.vae
+        self.text_encoders, self.tokenizers = [pipeline.text_encoder], [pipeline.tokenizer]
+        for module in self.modules():
+            module.requires_grad_(False).eval()
+
+    def modules(self) -> list[nn.Module]:
+        return [self.unet, self.vae, *self.text_encoders]
+
+    def condition(self, ids: list[Tensor], sizes: Tensor) -> dict:
+        """The UNet's keyword arguments for prompts.
+
+        Args:
+            ids: per text encoder, int64 `[B, S]`.
+            sizes: `[B, 6]`, SDXL's micro-conditioning (`dti_fast.data.folder.load_pictures`).
+        """
+        return {"encoder_hidden_states": self.text_encoders[0](ids[0]).last_hidden_state}
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: dict) -> Tensor:
+        """The UNet's raw prediction for latents `[B, C, h, w]`, in float32."""
+        return self.unet(noisy.to(self.unet.dtype), timesteps, **condition).sample.float()
+
+    def noise_schedule(self) -> tuple[Tensor, str]:
+        """Cumulative alphas float32 `[T]`, and the prediction type, `epsilon` or `v_prediction`."""
+        from diffusers import DDPMScheduler
+
+        scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        prediction_type = scheduler.config.prediction_type
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"this model predicts {prediction_type!r}; only epsilon and v_prediction can be trained")
+        return scheduler.alphas_cumprod.float(), prediction_type
+
+    def default_resolution(self) -> int:
+        return self.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    def set_pooling(self, pooling: str) -> None:
+        """Choose where pooled text features are taken; these models use none."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute blocks in the backward pass: less memory, more time.
+
+        Text encoders obey in training mode only; CLIP has no dropout, so nothing else changes.
+        """
+        self.unet.enable_gradient_checkpointing()
+        for text_encoder in self.text_encoders:
+            text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            text_encoder.train()
+        self.unet.train()
+
+    def fingerprint(self) -> str:
+        """A short hash of some of the weights: tells models apart, whatever their folder is called."""
+        digest = hashlib.sha256()
+        for weight in (self.text_encoders[0].get_input_embeddings().weight[:64], self.unet.conv_in.weight):
+            digest.update(weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""From a folder of pictures to tensors on the device."""

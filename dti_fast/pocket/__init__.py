@@ -1,0 +1,1 @@
+"""A miniature world and the text-to-image model trained on it."""

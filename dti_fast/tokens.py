@@ -1,0 +1,163 @@
+"""TokenEmbedding: a frozen vocabulary plus K learned directions, in place of a text encoder's embedding."""
+
+import copy
+import re
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dti_fast import sphere
+from dti_fast.errors import UserError
+
+MAGNITUDES = ("mean", "min", "max", "class")
+
+
+class TokenEmbedding(nn.Module):
+    """Maps token ids `[B, S]` to `[B, S, D]`: vocabulary rows, or `magnitude x direction` for learned tokens.
+
+    Made by `install`.  The vocabulary is the model's own module: never copied, resized or written.
+
+    Attributes:
+        directions: Parameter `[K, D]`, float32 unit rows, the only thing that learns.
+        magnitudes: `[K, 1]` float32, fixed.
+        mu: `[K, D]` float32 unit rows: the initial directions, the mean of the von Mises-Fisher prior.
+        tokens: the K token names, `<x>`, `<x>_1`, ..., as diffusers names them.
+    """
+
+    def __init__(self, vocabulary: nn.Module, directions: Tensor, magnitudes: Tensor, first_id: int, tokens: list[str]):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.directions = nn.Parameter(directions.clone())
+        self.register_buffer("magnitudes", magnitudes)
+        self.register_buffer("mu", directions)
+        self.first_id = first_id
+        self.tokens = tokens
+
+    @classmethod
+    def install(
+        cls,
+        text_encoder: nn.Module,
+        tokenizer,
+        placeholder: str,
+        *,
+        init: str | Tensor | None = None,
+        num_vectors: int | None = None,
+        magnitude: str | float = "mean",
+    ) -> "TokenEmbedding":
+        """Add `placeholder` to the tokenizer and put a TokenEmbedding into the text encoder.
+
+        Args:
+            text_encoder: a transformers text encoder (`get_input_embeddings`, `set_input_embeddings`).
+            tokenizer: its tokenizer.
+            placeholder: the new word, best bracketed and lower case, such as `<dog>`.
+            init: a word or phrase, or a tensor `[K, D]` whose rows give the directions; None draws them at random.
+            num_vectors: K; by default one for every token of `init`.  Fewer than that: each vector is the spherical
+                mean of its share of the tokens.  More: the tokens repeat.
+            magnitude: the norm m of the learned embedding: `mean`, `min` or `max` of the vocabulary's non-zero norms,
+                `class` for those of the initial rows, or a number.
+
+        Raises:
+            UserError: if the placeholder is a word already or `init` has no token.
+        """
+        module = text_encoder.get_input_embeddings()
+        vocabulary = module.weight
+        initial = _initial_rows(vocabulary, tokenizer, init, num_vectors)
+        magnitudes = _magnitudes(vocabulary, initial, magnitude)
+        tokens = [placeholder] + [f"{placeholder}_{i}" for i in range(1, len(initial))]
+        _check_placeholder(tokenizer, placeholder, tokens)
+        backend = copy.deepcopy(tokenizer._tokenizer)
+        tokenizer.add_tokens(tokens)
+        first_id = tokenizer.convert_tokens_to_ids(placeholder)
+        self = cls(module, F.normalize(initial, dim=-1), magnitudes, first_id, tokens)
+        self._undo = (text_encoder, tokenizer, backend)
+        text_encoder.set_input_embeddings(self)
+        return self
+
+    def uninstall(self) -> None:
+        """Give the text encoder its own embedding back and take the tokens out of the tokenizer."""
+        text_encoder, tokenizer, backend = self._undo
+        text_encoder.set_input_embeddings(self.vocabulary)
+        tokenizer._tokenizer = backend
+
+    @property
+    def placeholder(self) -> str:
+        return self.tokens[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen vocabulary `[V, D]`, for code that asks an embedding for its weight."""
+        return self.vocabulary.weight
+
+    def vectors(self) -> Tensor:
+        """The learned embeddings m v, `[K, D]` float32, their norms exactly the magnitudes."""
+        return self.magnitudes * F.normalize(self.directions, dim=-1)
+
+    def expand(self, prompt: str) -> str:
+        """Spell the placeholder out as all of its K tokens, as diffusers does when it generates."""
+        return prompt.replace(self.placeholder, " ".join(self.tokens))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        learned = (ids >= self.first_id) & (ids < self.first_id + len(self.directions))
+        frozen = self.vocabulary(ids.masked_fill(learned, 0))
+        row = (ids - self.first_id).clamp(0, len(self.directions) - 1)
+        vectors = (self.magnitudes * self.directions).to(frozen.dtype)
+        return torch.where(learned.unsqueeze(-1), F.embedding(row, vectors), frozen)
+
+
+def initial_token_ids(tokenizer, phrase: str) -> list[int]:
+    """Token ids of an initialiser word or phrase; UserError if it has none."""
+    ids = tokenizer(phrase, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError("the initializer token is empty; name what the pictures show in a word or two, such as 'dog'")
+    return ids
+
+
+def _initial_rows(vocabulary: Tensor, tokenizer, init: str | Tensor | None, num_vectors: int | None) -> Tensor:
+    if init is None:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(num_vectors or 1, vocabulary.shape[1], generator=generator).to(vocabulary.device)
+    elif isinstance(init, Tensor):
+        rows = init.detach().to(vocabulary.device, torch.float32)
+    else:
+        rows = vocabulary.detach()[initial_token_ids(tokenizer, init)].float()
+    count = num_vectors or len(rows)
+    if count < 1:
+        raise UserError(f"the number of vectors must be at least 1, got {num_vectors}")
+    if count < len(rows):
+        shares = rows.tensor_split(count)
+        return torch.stack([sphere.mean(F.normalize(s, dim=-1)) * s.norm(dim=-1).mean() for s in shares])
+    return rows[torch.arange(count, device=rows.device) % len(rows)]
+
+
+def _magnitudes(vocabulary: Tensor, initial: Tensor, magnitude: str | float) -> Tensor:
+    """Norms for the K learned rows, `[K, 1]` float32."""
+    if magnitude == "class":
+        return initial.norm(dim=-1, keepdim=True)
+    if isinstance(magnitude, str):
+        if magnitude not in MAGNITUDES:
+            raise UserError(f"magnitude is {', '.join(MAGNITUDES)} or a number, got {magnitude!r}")
+        norms = torch.linalg.vector_norm(vocabulary.detach(), dim=-1, dtype=torch.float32)
+        value = {
+            "mean": norms.sum() / (norms > 0).sum(),
+            "min": torch.where(norms > 0, norms, torch.inf).min(),
+            "max": norms.max(),
+        }[magnitude]
+    else:
+        if magnitude <= 0:
+            raise UserError(f"the magnitude must be positive, got {magnitude}")
+        value = torch.tensor(float(magnitude), device=vocabulary.device)
+    return value.expand(len(initial), 1).clone()
+
+
+def _check_placeholder(tokenizer, placeholder: str, tokens: list[str]) -> None:
+    taken = set(tokenizer.added_tokens_encoder) & set(tokens)
+    if taken or len(tokenizer(placeholder, add_special_tokens=False).input_ids) == 1:
+        raise UserError(f"{placeholder!r} is a word of this model already; choose another, such as '<{placeholder}-1>'")
+    if not re.fullmatch(r"<[^<>\sA-Z]+>", placeholder):
+        warnings.warn(
+            f"the placeholder {placeholder!r} is not bracketed and lower case, like '<dog>': "
+            "pipelines lower prompts and would also find it inside other words",
+            stacklevel=3,
+        )
