@@ -1,6 +1,7 @@
 """Public ops.  This layer alone knows which backend runs."""
 
+from dti_fast.ops._dispatch import backends
 from dti_fast.ops.sphere_step import sphere_step_
 from dti_fast.ops.token_embed import token_embed
 
-__all__ = ["sphere_step_", "token_embed"]
+__all__ = ["sphere_step_", "token_embed", "backends"]

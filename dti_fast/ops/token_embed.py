@@ -3,57 +3,42 @@
 import torch
 from torch import Tensor
 
+from dti_fast.ops._dispatch import Operator, describe, library
 from dti_fast.reference import token_embed as reference
 
-_library = torch.library.Library("dti_fast", "FRAGMENT")
-_library.define(
-    "token_embed(Tensor ids, Tensor vocabulary, Tensor directions, Tensor magnitudes, int first_id) -> Tensor"
-)
-_library.define("token_embed_backward(Tensor grad, Tensor ids, Tensor magnitudes, int first_id) -> Tensor")
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(ids, vocabulary, directions, magnitudes, first_id) -> None:
-    torch._check(ids.dtype == torch.int64, lambda: f"ids must be int64, got {ids.dtype}")
-    torch._check(vocabulary.dim() == 2, lambda: f"vocabulary must be [V, D], got {list(vocabulary.shape)}")
-    torch._check(
-        vocabulary.dtype in (torch.float32, torch.bfloat16, torch.float16),
-        lambda: f"vocabulary must be float32, bfloat16 or float16, got {vocabulary.dtype}",
-    )
-    torch._check(
-        directions.dim() == 2 and directions.shape[1] == vocabulary.shape[1] and directions.dtype == torch.float32,
-        lambda: f"directions must be float32 [K, {vocabulary.shape[1]}], got {_say(directions)}",
-    )
-    _check_magnitudes(magnitudes)
-    torch._check(
-        magnitudes.shape[0] == directions.shape[0],
-        lambda: f"{directions.shape[0]} directions need as many magnitudes, got {magnitudes.shape[0]}",
-    )
+    if vocabulary.dim() != 2 or vocabulary.shape[0] == 0 or vocabulary.dtype not in _FLOATS:
+        raise RuntimeError(f"vocabulary must be float32, bfloat16 or float16 [V, D], got {describe(vocabulary)}")
+    count, dim, device = magnitudes.shape[0], vocabulary.shape[1], vocabulary.device
+    if directions.shape != (count, dim) or directions.dtype != torch.float32 or directions.device != device:
+        raise RuntimeError(f"directions must be float32 [{count}, {dim}] on {device}, got {describe(directions)}")
+    _check_slots(ids, magnitudes, device)
 
 
-def _check_magnitudes(magnitudes) -> None:
-    torch._check(
-        magnitudes.dim() == 2 and magnitudes.shape[1] == 1 and magnitudes.dtype == torch.float32,
-        lambda: f"magnitudes must be float32 [K, 1], got {_say(magnitudes)}",
-    )
+def _check_backward(grad, ids, magnitudes, first_id) -> None:
+    if grad.shape[:-1] != ids.shape or grad.dtype not in _FLOATS:
+        raise RuntimeError(f"grad must be float32, bfloat16 or float16 {[*ids.shape, 'D']}, got {describe(grad)}")
+    _check_slots(ids, magnitudes, grad.device)
 
 
-def _say(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+def _check_slots(ids, magnitudes, device) -> None:
+    if ids.dtype != torch.int64 or ids.device != device:
+        raise RuntimeError(f"ids must be int64 on {device}, got {describe(ids)}")
+    count = magnitudes.shape[0]
+    if magnitudes.shape != (count, 1) or count == 0 or magnitudes.dtype != torch.float32 or magnitudes.device != device:
+        raise RuntimeError(f"magnitudes must be float32 [K, 1] on {device}, got {describe(magnitudes)}")
 
 
-def _fake(ids, vocabulary, directions, magnitudes, first_id):
-    _check(ids, vocabulary, directions, magnitudes, first_id)
+def _output(ids, vocabulary, directions, magnitudes, first_id) -> Tensor:
     return vocabulary.new_empty((*ids.shape, vocabulary.shape[1]))
 
 
-def _fake_backward(grad, ids, magnitudes, first_id):
-    _check_magnitudes(magnitudes)
+def _output_backward(grad, ids, magnitudes, first_id) -> Tensor:
     return magnitudes.new_empty((magnitudes.shape[0], grad.shape[-1]))
-
-
-def _reference(ids, vocabulary, directions, magnitudes, first_id):
-    _check(ids, vocabulary, directions, magnitudes, first_id)
-    return reference.token_embed(ids, vocabulary, directions, magnitudes, first_id)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -67,11 +52,23 @@ def _backward(ctx, grad):
     return None, None, grad, None, None
 
 
-_library.impl("token_embed", _reference, "CompositeExplicitAutograd")
-_library.impl("token_embed_backward", reference.token_embed_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("dti_fast::token_embed", _fake, lib=_library)
-torch.library.register_fake("dti_fast::token_embed_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("dti_fast::token_embed", _backward, setup_context=_save, lib=_library)
+Operator(
+    "token_embed(Tensor ids, Tensor vocabulary, Tensor directions, Tensor magnitudes, int first_id) -> Tensor",
+    stem="token_embed",
+    check=_check,
+    output=_output,
+    reference=reference.token_embed,
+    fused=(),
+)
+Operator(
+    "token_embed_backward(Tensor grad, Tensor ids, Tensor magnitudes, int first_id) -> Tensor",
+    stem="token_embed",
+    check=_check_backward,
+    output=_output_backward,
+    reference=reference.token_embed_backward,
+    fused=(),
+)
+torch.library.register_autograd("dti_fast::token_embed", _backward, setup_context=_save, lib=library)
 
 
 def token_embed(ids: Tensor, vocabulary: Tensor, directions: Tensor, magnitudes: Tensor, first_id: int) -> Tensor:

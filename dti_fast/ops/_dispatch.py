@@ -1,0 +1,138 @@
+"""Which implementation serves an op on a device, and why.
+
+Every op is defined once, with one check and one fake; its implementations carry the op's own name:
+
+    triton     dti_fast.kernels.<stem>.<op>
+    native     torch.ops.dti_fast_C.<op>, built from csrc/
+    reference  plain PyTorch
+"""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from dti_fast.ops import _native
+
+library = torch.library.Library("dti_fast", "FRAGMENT")
+operators: dict[str, "Operator"] = {}
+
+_BACKENDS = ("triton", "native", "reference")
+_PREFERRED = {"cuda": ("triton", "native"), "cpu": ("native",)}
+
+
+class Serving(NamedTuple):
+    """`backend` serves `op` on `device`, or None does; `why` says what spoke against the others."""
+
+    op: str
+    device: str
+    backend: str | None
+    why: str
+
+
+class Operator:
+    """An op of the namespace `dti_fast`.
+
+    Args:
+        schema: as in `torch.library.define`; its first argument is the tensor whose device decides.
+        stem: name of the op's module in `dti_fast.kernels`.
+        check: called with the op's arguments before any implementation; raises for a wrong shape or dtype.
+        reference: the implementation in plain PyTorch, called with the op's arguments.
+        output: empty outputs for the op's arguments; None for an op that returns nothing.
+        fused: the other backends that implement it.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        stem: str,
+        check: Callable,
+        reference: Callable,
+        output: Callable | None = None,
+        fused: tuple[str, ...] = ("triton", "native"),
+    ):
+        self.name = schema.partition("(")[0]
+        self.stem, self.check, self.reference, self.output, self.fused = stem, check, reference, output, fused
+        self._chosen: dict[tuple[str, str | None], Callable] = {}
+        operators[self.name] = self
+        library.define(schema)
+        library.impl(self.name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dti_fast::{self.name}", self.fake, lib=library)
+
+    def run(self, *args, **kwargs):
+        self.check(*args, **kwargs)
+        key = args[0].device.type, os.environ.get("DTI_FAST_BACKEND")
+        implementation = self._chosen.get(key) or self._choose(*key)
+        return implementation(*args, **kwargs)
+
+    def fake(self, *args, **kwargs):
+        self.check(*args, **kwargs)
+        return None if self.output is None else self.output(*args, **kwargs)
+
+    def serving(self, device: str, forced: str | None, *, build: bool) -> Serving:
+        """Decide; `build` allows compiling csrc/ where it is needed."""
+        if forced is not None:
+            if forced not in _BACKENDS:
+                raise ValueError(f"DTI_FAST_BACKEND must be one of {', '.join(_BACKENDS)}, got {forced!r}")
+            obstacle = self._obstacle(forced, device, build=build)
+            return Serving(self.name, device, None if obstacle else forced, obstacle or "forced by DTI_FAST_BACKEND")
+        obstacles = []
+        for backend in _PREFERRED.get(device, ()):
+            # A CPU can wait until its user builds; a GPU without Triton would run a dozen tiny kernels a step.
+            obstacle = self._obstacle(backend, device, build=build and device == "cuda")
+            if obstacle is None:
+                return Serving(self.name, device, backend, "; ".join(obstacles) or "preferred here")
+            obstacles.append(f"{backend}: {obstacle}")
+        return Serving(self.name, device, "reference", "; ".join(obstacles) or f"no kernels for {device}")
+
+    def _obstacle(self, backend: str, device: str, *, build: bool) -> str | None:
+        if backend == "reference":
+            return None
+        if backend not in self.fused:
+            return f"{self.name} has no {backend} implementation"
+        return _triton_obstacle(device) if backend == "triton" else _native.obstacle(device, build=build)
+
+    def _choose(self, device: str, forced: str | None) -> Callable:
+        serving = self.serving(device, forced, build=True)
+        if serving.backend is None:
+            raise RuntimeError(f"DTI_FAST_BACKEND={forced} cannot serve {self.name} on {device}: {serving.why}")
+        if serving.backend == "reference" and device == "cuda" and forced is None and self.fused:
+            warnings.warn(f"dti_fast.ops.{self.name} runs unfused: {serving.why}", stacklevel=2)
+        if serving.backend == "triton":
+            implementation = getattr(importlib.import_module(f"dti_fast.kernels.{self.stem}"), self.name)
+        elif serving.backend == "native":
+            _native.load(device)
+            implementation = getattr(torch.ops.dti_fast_C, self.name).default
+        else:
+            implementation = self.reference
+        self._chosen[device, forced] = implementation
+        return implementation
+
+
+def backends() -> list[Serving]:
+    """Which implementation serves each op on each kind of device here, and why; builds nothing.
+
+    A row whose `backend` is None is an op that raises here, because `DTI_FAST_BACKEND` forces what cannot run.
+    """
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    forced = os.environ.get("DTI_FAST_BACKEND")
+    return [operator.serving(device, forced, build=False) for operator in operators.values() for device in devices]
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Dtype, shape and device, for messages."""
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}".removeprefix("torch.")
+
+
+def _triton_obstacle(device: str) -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if device == "cpu" and not triton.knobs.runtime.interpret:
+        return "on the CPU Triton runs under TRITON_INTERPRET=1 only"
+    return None if device in _PREFERRED else f"the kernels are not proven on {device}"

@@ -1,0 +1,89 @@
+"""`sphere_step_`: one Riemannian step of unit rows, in place."""
+
+import torch
+from torch import Tensor
+
+from dti_fast.ops._dispatch import Operator, describe
+from dti_fast.reference.sphere_step import sphere_step
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Plain comparisons: torch._check with its closures takes longer than the whole step of a few rows.
+def _check(p, grad, mu, second_moment, step, lr, *, kappa, beta, eps, grad_scale=None, found_inf=None) -> None:
+    shape, device = p.shape, p.device
+    if len(shape) != 2 or p.dtype != torch.float32:
+        raise RuntimeError(f"p must be float32 [K, D], got {describe(p)}")
+    for name, tensor in (("grad", grad), ("mu", mu)):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATS or tensor.device != device):
+            raise RuntimeError(f"{name} must be a float tensor like p, {describe(p)}, got {describe(tensor)}")
+    if second_moment is not None and (
+        second_moment.shape != (shape[0], 1) or second_moment.dtype != torch.float32 or second_moment.device != device
+    ):
+        raise RuntimeError(f"second_moment must be float32 [{shape[0]}, 1] like p, got {describe(second_moment)}")
+    for name, scalar in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if scalar is not None and (scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != device):
+            raise RuntimeError(f"{name} must be one float32 number on {device}, got {describe(scalar)}")
+    if mu is None and kappa != 0.0:
+        raise RuntimeError("kappa needs mu, the prior's mean directions")
+    if not 0.0 <= beta < 1.0:
+        raise RuntimeError(f"beta must lie in [0, 1), got {beta}")
+    if (beta == 0.0) != (second_moment is None):
+        raise RuntimeError("second_moment goes with a beta above 0, and only then")
+
+
+def _reference(p, grad, mu, second_moment, step, lr, **options) -> None:
+    new_p, new_moment = sphere_step(p, grad, mu, second_moment, step, lr, **options)
+    p.copy_(new_p)
+    if second_moment is not None:
+        second_moment.copy_(new_moment)
+
+
+Operator(
+    "sphere_step_(Tensor(a!) p, Tensor grad, Tensor? mu, Tensor(b!)? second_moment, Tensor step, Tensor lr, *, "
+    "float kappa, float beta, float eps, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    stem="sphere_step",
+    check=_check,
+    reference=_reference,
+)
+
+
+def sphere_step_(
+    p: Tensor,
+    grad: Tensor,
+    mu: Tensor | None,
+    second_moment: Tensor | None,
+    step: Tensor,
+    lr: Tensor,
+    *,
+    kappa: float,
+    beta: float,
+    eps: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Move unit rows `p` one step along the sphere, in place; nothing waits for the device.
+
+    The formula is `dti_fast.reference.sphere_step`'s.  A row whose projected gradient is zero keeps its bits.
+
+    Args:
+        p: float32 `[K, D]`, unit rows.
+        grad: float32, bfloat16 or float16 `[K, D]`, the loss gradient with respect to `p`; not modified.
+        mu: `[K, D]` unit rows in any of these dtypes, the mean directions of the von Mises-Fisher prior, or None.
+        second_moment: float32 `[K, 1]`, the running mean of squared row norms, in place; None when `beta` is 0.
+        step: one float32 number, 1 at the first update.
+        lr: one float32 number; at `beta` 0 the tangent of the angle by which every row turns.
+        kappa: concentration of the prior; enters before projection and normalisation.
+        beta: decay of `second_moment`.
+        eps: added to the gradient's norm.
+        grad_scale: one float32 number, the loss scale by which `grad` is divided first.
+        found_inf: one float32 number; non-zero leaves `p` and `second_moment` exactly as they are.
+
+    Raises:
+        RuntimeError: for a shape or dtype other than these, and for tensors on different devices.
+    """
+    with torch.no_grad():
+        torch.ops.dti_fast.sphere_step_(
+            p, grad, mu, second_moment, step, lr,
+            kappa=kappa, beta=beta, eps=eps, grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip

@@ -1,0 +1,56 @@
+"""Riemannian SGD on the unit sphere with a von Mises-Fisher prior, one row per vector.
+
+Letters: K vectors, D dimensions.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sphere_step(
+    p: Tensor,  # [K, D] unit rows
+    grad: Tensor,  # [K, D] loss gradient with respect to p
+    mu: Tensor | None,  # [K, D] unit rows, the prior's mean directions
+    second_moment: Tensor | None,  # [K, 1] running mean of squared row norms; None when beta is 0
+    step: Tensor,  # scalar, 1 at the first update
+    lr: Tensor,  # scalar
+    *,
+    kappa: float,
+    beta: float,
+    eps: float,
+    grad_scale: Tensor | None = None,  # scalar
+    found_inf: Tensor | None = None,  # scalar, non-zero skips the update
+) -> tuple[Tensor, Tensor | None]:
+    """One update of the directions; returns the new `p` and `second_moment`, computed in p's dtype.
+
+        g  = grad / grad_scale - kappa mu
+        g  = g - (g . p) p                                   tangent projection
+        nu = beta nu + (1 - beta) |g|^2,  nu_hat = nu / (1 - beta^step)
+        p  = normalise(p - lr g / (sqrt(nu_hat) + eps))      retraction; a row with g = 0 stays as it is
+
+    With `beta` 0 the step is g / (|g| + eps), so that a row with |g| far above eps turns by exactly arctan(lr).
+    Source: arXiv 2512.13672, the method's update; the running mean is from its official code.
+    """
+    g = grad.to(p.dtype)
+    if grad_scale is not None:
+        g = g / grad_scale.to(p.dtype)
+    if mu is not None and kappa != 0.0:
+        g = g - kappa * mu.to(p.dtype)
+    g = g - (g * p).sum(-1, keepdim=True) * p
+    norm_squared = g.square().sum(-1, keepdim=True)
+    if second_moment is None:
+        new_moment, corrected = None, norm_squared
+    else:
+        new_moment = beta * second_moment + (1 - beta) * norm_squared
+        # expm1, because 1 - beta^step in float32 keeps only four digits of the first correction.
+        corrected = new_moment / -torch.expm1(step.to(p.dtype) * math.log(beta))
+    moved = p - lr.to(p.dtype) * g / (corrected.sqrt() + eps)
+    # Normalising a row that did not move would still change its last bits.
+    new_p = torch.where(norm_squared == 0, p, moved / moved.norm(dim=-1, keepdim=True))
+    if found_inf is not None:
+        skip = found_inf != 0
+        new_p = torch.where(skip, p, new_p)
+        new_moment = None if new_moment is None else torch.where(skip, second_moment, new_moment)
+    return new_p, new_moment
