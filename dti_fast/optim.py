@@ -39,7 +39,7 @@ class SphericalSGD(torch.optim.Optimizer):
         beta: float = 0.0,
         eps: float = 1e-8,
     ):
-        super().__init__(params, dict(lr=lr, kappa=kappa, mu=mu, beta=beta, eps=eps))
+        super().__init__(params, {"lr": lr, "kappa": kappa, "mu": mu, "beta": beta, "eps": eps})
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)

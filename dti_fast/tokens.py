@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dti_fast import sphere
 from dti_fast.errors import UserError
+from dti_fast.ops import token_embed
 
 MAGNITUDES = ("mean", "min", "max", "class")
 
@@ -99,15 +100,10 @@ class TokenEmbedding(nn.Module):
         return prompt.replace(self.placeholder, " ".join(self.tokens))
 
     def forward(self, ids: Tensor) -> Tensor:
-        learned = (ids >= self.first_id) & (ids < self.first_id + len(self.directions))
-        frozen = self.vocabulary(ids.masked_fill(learned, 0))
-        row = (ids - self.first_id).clamp(0, len(self.directions) - 1)
-        vectors = (self.magnitudes * self.directions).to(frozen.dtype)
-        return torch.where(learned.unsqueeze(-1), F.embedding(row, vectors), frozen)
+        return token_embed(ids, self.vocabulary.weight, self.directions, self.magnitudes, self.first_id)
 
 
-def initial_token_ids(tokenizer, phrase: str) -> list[int]:
-    """Token ids of an initialiser word or phrase; UserError if it has none."""
+def _token_ids(tokenizer, phrase: str) -> list[int]:
     ids = tokenizer(phrase, add_special_tokens=False).input_ids
     if not ids:
         raise UserError("the initializer token is empty; name what the pictures show in a word or two, such as 'dog'")
@@ -121,7 +117,7 @@ def _initial_rows(vocabulary: Tensor, tokenizer, init: str | Tensor | None, num_
     elif isinstance(init, Tensor):
         rows = init.detach().to(vocabulary.device, torch.float32)
     else:
-        rows = vocabulary.detach()[initial_token_ids(tokenizer, init)].float()
+        rows = vocabulary.detach()[_token_ids(tokenizer, init)].float()
     count = num_vectors or len(rows)
     if count < 1:
         raise UserError(f"the number of vectors must be at least 1, got {num_vectors}")

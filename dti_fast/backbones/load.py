@@ -50,6 +50,7 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device):
     from dti_fast.backbones.sd import StableDiffusion
     from dti_fast.backbones.sdxl import StableDiffusionXL
 
+    _hide_loading_bars()
     source = str(POCKET_FOLDER) if name == POCKET else ALIASES.get(name, name)
     vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     dtypes = {"default": dtype, "vae": vae_dtype}
@@ -74,6 +75,17 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     return {"sd": StableDiffusion, "sdxl": StableDiffusionXL}[family](pipeline)
+
+
+def _hide_loading_bars() -> None:
+    """Reading weights takes seconds; only a download deserves a bar."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
 
 
 def _family(class_name: str, name: str) -> str:

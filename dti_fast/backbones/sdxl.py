@@ -18,8 +18,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def condition(self, ids: list[Tensor], sizes: Tensor) -> dict:
         outputs = [
-            text_encoder(i, output_hidden_states=True)
-            for text_encoder, i in zip(self.text_encoders, ids, strict=True)
+            text_encoder(i, output_hidden_states=True) for text_encoder, i in zip(self.text_encoders, ids, strict=True)
         ]
         return {
             "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], -1),

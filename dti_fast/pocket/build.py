@@ -14,6 +14,7 @@ import random
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,15 @@ BATCH = 64
 TEXT_LENGTH = 32
 TEXT_WIDTH = 128
 VOCABULARY_NORM = 0.4  # the scale of CLIP's own word embeddings
-SCHEDULER = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    prediction_type="v_prediction",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -51,7 +52,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     merges: dict[tuple[str, str], int] = {}
     for word in [*world.vocabulary(), *world.names()]:
         symbols = [*word[:-1], word[-1] + "</w>"]
-        while pairs := [p for p in zip(symbols, symbols[1:], strict=False) if p in merges]:
+        while pairs := [p for p in pairwise(symbols) if p in merges]:
             first = min(pairs, key=merges.__getitem__)
             merged, i = [], 0
             while i < len(symbols):
@@ -150,9 +151,9 @@ def make_pictures(work: Path, count: int) -> tuple[torch.Tensor, list[str]]:
     """`count` pictures uint8 [N, 3, 32, 32] and their captions, rendered once."""
     pictures_file, captions_file = work / "pictures.safetensors", work / "captions.json"
     if not pictures_file.exists():
-        bounds = list(range(0, count, 1000)) + [count]
+        bounds = [*range(0, count, 1000), count]
         with ProcessPoolExecutor() as pool:
-            chunks = list(pool.map(_render_chunk, zip(bounds, bounds[1:], strict=False)))
+            chunks = list(pool.map(_render_chunk, pairwise(bounds)))
         captions_file.write_text(json.dumps([c for _, captions in chunks for c in captions]))
         pictures = torch.from_numpy(np.concatenate([p for p, _ in chunks])).permute(0, 3, 1, 2).contiguous()
         _write({"pictures": pictures}, pictures_file)
@@ -261,9 +262,7 @@ def make_latents(work: Path, vae: AutoencoderKL, pictures: torch.Tensor) -> torc
     path = work / "latents.safetensors"
     channels = vae.config.latent_channels
     if not path.exists():
-        moments = [
-            vae.quant_conv(vae.encoder(chunk.float() / 127.5 - 1)) for chunk in pictures[:4096].split(256)
-        ]
+        moments = [vae.quant_conv(vae.encoder(chunk.float() / 127.5 - 1)) for chunk in pictures[:4096].split(256)]
         mean = torch.cat(moments)[:, :channels]
         _write({"shift": mean.mean((0, 2, 3)), "scale": 1 / mean.std((0, 2, 3))}, work / "normaliser.safetensors")
     normaliser = load_file(work / "normaliser.safetensors")
@@ -327,7 +326,9 @@ def train_denoiser(work: Path, latents: torch.Tensor, captions: list[str], token
         losses.append(per_sample.detach().mean())
         if run.step % 20 == 0 and (run.step <= 100 or run.step % 200 == 0):
             rate = (run.step - first) * BATCH / (time.monotonic() - started)
-            print(f"denoiser {run.step}/{steps} loss {torch.stack(losses).mean().item():.4f} {rate:.0f} img/s", flush=True)
+            print(
+                f"denoiser {run.step}/{steps} loss {torch.stack(losses).mean().item():.4f} {rate:.0f} img/s", flush=True
+            )
             losses.clear()
     run.save()
     run.use_averages()

@@ -145,10 +145,9 @@ def style_template(style: str, rng: random.Random) -> str:
 def caption(scene: Scene, rng: random.Random, name: str | None = None) -> str:
     """A caption of `scene`: by name when there is one (70 %), by description, or as "creature"."""
     draw = rng.random()
+    subject = scene.creature.description() if draw < 0.92 else "creature"
     if name is not None and draw < 0.7:
         subject = name
-    else:
-        subject = scene.creature.description() if draw < 0.92 else "creature"
     return prompt(style_template(scene.style, rng), subject, scene.accessory, scene.place)
 
 
@@ -257,7 +256,9 @@ def _draw_place(c: _Canvas, place: str | None, rng: random.Random) -> None:
     elif place == "near a volcano":
         c.box(0, 0, 32, 32, (90, 30, 40))
         c.polygon(((-6, 30), (8 + shift, 5), (24 + shift, 5), (38, 30)), (55, 40, 40))
-        c.polygon(((8 + shift, 5), (24 + shift, 5), (20 + shift, 11), (16 + shift, 7), (12 + shift, 12)), (255, 120, 20))
+        c.polygon(
+            ((8 + shift, 5), (24 + shift, 5), (20 + shift, 11), (16 + shift, 7), (12 + shift, 12)), (255, 120, 20)
+        )
         c.box(0, 27, 32, 32, (235, 75, 15))
     else:
         raise ValueError(f"unknown place {place!r}; known are {', '.join(PLACES)}")

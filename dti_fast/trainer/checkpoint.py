@@ -1,0 +1,88 @@
+"""Checkpoints: a few kilobytes in one safetensors file, its settings in the header."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dti_fast.errors import UserError
+from dti_fast.formats import read_tensors, write_tensors
+from dti_fast.optim import SphericalSGD
+from dti_fast.tokens import TokenEmbedding
+from dti_fast.trainer.config import TrainConfig
+
+_NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+
+
+def _tensors(embeddings: list[TokenEmbedding], optimizer: SphericalSGD) -> dict[str, Tensor]:
+    """Every tensor that training changes, by name; loading writes into the same tensors."""
+    tensors = {}
+    for i, embedding in enumerate(embeddings):
+        tensors[f"directions.{i}"] = embedding.directions.data
+        for key, value in optimizer.state[embedding.directions].items():
+            tensors[f"{key}.{i}"] = value
+    return tensors
+
+
+def _identity(config: TrainConfig, fingerprint: str) -> dict:
+    return {"method": "dti", "model": fingerprint, "settings": config.trajectory()}
+
+
+def save_checkpoint(config: TrainConfig, fingerprint: str, step: int, embeddings, optimizer, scaler) -> Path:
+    """Write the state after `step` optimizer steps, and delete all but the newest checkpoints."""
+    folder = config.output_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"checkpoint-{step:06d}.safetensors"
+    metadata = {"step": step, "scaler": scaler.state_dict(), **_identity(config, fingerprint)}
+    write_tensors(_tensors(embeddings, optimizer), path, metadata)
+    for old in _checkpoints(folder)[: -config.checkpoints_total_limit]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(p.name))
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The file to resume from, or None for a fresh start (also if "latest" finds none)."""
+    if config.resume_from_checkpoint is None:
+        return None
+    if config.resume_from_checkpoint == "latest":
+        found = _checkpoints(config.output_dir / "checkpoints")
+        return found[-1] if found else None
+    path = Path(config.resume_from_checkpoint)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {str(path)!r}; --resume_from_checkpoint takes a file or 'latest'")
+    return path
+
+
+def load_checkpoint(path: Path, config: TrainConfig, fingerprint: str, embeddings, optimizer, scaler) -> int:
+    """Put a checkpoint's state into the embeddings and the optimizer; returns its step.
+
+    Raises:
+        UserError: if it is of another method, model or settings, so that continuing would be another run.
+    """
+    stored, header = read_tensors(path)
+    if "step" not in header:
+        raise UserError(f"{str(path)!r} is no checkpoint of a dti-fast run")
+    expected = _identity(config, fingerprint)
+    if header["method"] != expected["method"]:
+        raise UserError(f"{path.name} is a checkpoint of the method {header['method']!r}, not {expected['method']!r}")
+    if header["model"] != expected["model"]:
+        raise UserError(f"{path.name} was made with another model; start anew or give the model it was made with")
+    settings = json.loads(header["settings"])
+    differing = [k for k, v in json.loads(json.dumps(expected["settings"])).items() if settings.get(k) != v]
+    if differing:
+        changes = ", ".join(f"{k} (was {settings.get(k)})" for k in differing)
+        raise UserError(f"{path.name} was made with other settings: {changes}; use the same, or start anew")
+    for i, embedding in enumerate(embeddings):
+        embedding.directions.data.copy_(stored[f"directions.{i}"])
+        state = {k.removesuffix(f".{i}"): v for k, v in stored.items() if k.endswith(f".{i}")}
+        del state["directions"]
+        device = embedding.directions.device
+        optimizer.state[embedding.directions] = {k: v.to(device, torch.float32) for k, v in state.items()}
+    scaler.load_state_dict(json.loads(header["scaler"]))
+    return int(header["step"])

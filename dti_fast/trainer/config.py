@@ -1,0 +1,167 @@
+"""TrainConfig: every setting of a run, from which the command line is generated."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from dti_fast.backbones.load import POCKET, check_model
+from dti_fast.errors import UserError
+
+POCKET_CONCEPT = Path(__file__).parent.parent / "pocket" / "concept"
+
+_model = Group.create_ordered("Model and data")
+_method = Group.create_ordered("Method")
+_training = Group.create_ordered("Training")
+_output = Group.create_ordered("Output")
+
+# Settings that may differ between a checkpoint and the run that resumes it.
+_FREE_ON_RESUME = {
+    "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_steps",
+    "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing", "train_data_dir",
+    "pretrained_model_name_or_path",
+}  # fmt: skip
+
+
+@Parameter(name="*")
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Settings of a training run; flags, config-file keys and these fields have the same names."""
+
+    pretrained_model_name_or_path: Annotated[str | None, Parameter(group=_model)] = None
+    """Diffusers folder, hub id or .safetensors file. Default: the bundled pocket model, or SDXL if
+    --train_data_dir is given."""
+    train_data_dir: Annotated[Path | None, Parameter(group=_model)] = None
+    """Folder of 3 to 6 pictures; a .txt beside a picture is its caption. Default: a bundled creature."""
+    placeholder_token: Annotated[str | None, Parameter(group=_model)] = None
+    """The new word, bracketed and lower case. Default: <concept>."""
+    initializer_token: Annotated[str | None, Parameter(group=_model)] = None
+    """A word or phrase for what the pictures show; its direction is the start and the prior's mean."""
+    learnable_property: Annotated[Literal["object", "style"], Parameter(group=_model)] = "object"
+    """Which prompt templates to train with when there are no captions."""
+    resolution: Annotated[int | None, Parameter(group=_model)] = None
+    """Side of the square training pictures in pixels. Default: the model's own."""
+
+    num_vectors: Annotated[int | None, Parameter(group=_method)] = None
+    """Learned vectors. Default: one for each token of the initializer."""
+    magnitude: Annotated[
+        float | Literal["mean", "min", "max", "class"], Parameter(name=("--magnitude", "--token_scale"), group=_method)
+    ] = "mean"
+    """Norm of the learned embedding: of the vocabulary's norms the mean, min or max; the initializer's own
+    (class); or a number."""
+    kappa: Annotated[float, Parameter(group=_method)] = 1e-4
+    """Concentration of the von Mises-Fisher prior around the initializer; more keeps closer to it."""
+    beta: Annotated[float, Parameter(group=_method)] = 0.0
+    """Decay of the running mean of squared gradient norms; 0 normalises by the present norm alone."""
+    pooling: Annotated[Literal["eos", "reference"], Parameter(group=_method)] = "eos"
+    """Where SDXL's pooled text features are taken: at the end of the text, or as the official code does."""
+
+    learning_rate: Annotated[float, Parameter(group=_training)] = 0.04
+    """Every step turns each vector by arctan of this. The paper's 0.01 times its batch of 4 is this default."""
+    scale_lr: Annotated[bool, Parameter(group=_training)] = False
+    """Multiply the learning rate by batch size and accumulation steps, as diffusers does."""
+    lr_scheduler: Annotated[Literal["constant", "cosine"], Parameter(group=_training)] = "constant"
+    """Learning-rate schedule; the paper's is constant."""
+    lr_warmup_steps: Annotated[int, Parameter(group=_training)] = 0
+    """Steps of linear warm-up."""
+    train_batch_size: Annotated[int, Parameter(group=_training)] = 4
+    """Pictures in a forward pass."""
+    gradient_accumulation_steps: Annotated[int, Parameter(group=_training)] = 1
+    """Forward passes in an optimizer step."""
+    max_train_steps: Annotated[int, Parameter(group=_training)] = 400
+    """Optimizer steps."""
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], Parameter(group=_training)] = "auto"
+    """Precision of the frozen model; auto is bf16 on a GPU, fp16 where bf16 is slow, fp32 on a CPU."""
+    gradient_checkpointing: Annotated[bool, Parameter(group=_training)] = False
+    """Recompute activations in the backward pass: less memory, about half as much time again."""
+    deterministic: Annotated[bool, Parameter(group=_training)] = False
+    """On a GPU, repeat bit for bit (slower). A CPU always does, at a fixed number of threads."""
+    seed: Annotated[int, Parameter(group=_training)] = 42
+    """Seed of every random draw."""
+
+    output_dir: Annotated[Path, Parameter(group=_output)] = Path("dti-output")
+    """Where embeddings, preview, log, configuration and checkpoints go."""
+    checkpointing_steps: Annotated[int, Parameter(group=_output)] = 100
+    """Steps between checkpoints."""
+    checkpoints_total_limit: Annotated[int, Parameter(group=_output)] = 3
+    """Checkpoints to keep."""
+    resume_from_checkpoint: Annotated[str | None, Parameter(group=_output)] = None
+    """A checkpoint file, or "latest" for the newest in the output folder."""
+    validation_prompt: Annotated[list[str] | None, Parameter(group=_output, consume_multiple=False)] = None
+    """Preview prompt with {} for the concept; may be given several times."""
+    validation_steps: Annotated[int | None, Parameter(group=_output)] = None
+    """Steps between previews. Default: only one at the end."""
+    num_validation_images: Annotated[int, Parameter(group=_output)] = 4
+    """Preview pictures for each prompt; 0 makes no preview."""
+    logging_steps: Annotated[int, Parameter(group=_output)] = 10
+    """Steps between lines of log.jsonl; the only moments at which the run waits for the device."""
+
+    @property
+    def effective_learning_rate(self) -> float:
+        return self.learning_rate * (self.samples_per_step if self.scale_lr else 1)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    def resolved(self) -> "TrainConfig":
+        """A copy with every default that depends on other settings filled in.
+
+        Raises:
+            UserError: for a setting out of range, or a model that plainly does not exist.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if values["pretrained_model_name_or_path"] is None:
+            values["pretrained_model_name_or_path"] = POCKET if self.train_data_dir is None else "sdxl"
+        pocket = values["pretrained_model_name_or_path"] == POCKET
+        if self.train_data_dir is None:
+            if not pocket:
+                raise UserError("--train_data_dir is missing: give a folder of 3 to 6 pictures of the concept")
+            values["train_data_dir"] = POCKET_CONCEPT
+        if self.placeholder_token is None:
+            values["placeholder_token"] = "<concept>"
+        if self.initializer_token is None:
+            if not pocket:
+                raise UserError(
+                    "--initializer_token is missing: name what the pictures show, such as --initializer_token dog"
+                )
+            values["initializer_token"] = "creature"
+        if not values["initializer_token"].strip():
+            raise UserError(
+                "--initializer_token is empty: name what the pictures show, such as --initializer_token dog"
+            )
+        if not values["placeholder_token"].strip() or any(c.isspace() for c in values["placeholder_token"]):
+            raise UserError("--placeholder_token must be one word, such as <dog>")
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
+                     "checkpoints_total_limit", "logging_steps"):  # fmt: skip
+            if values[name] < 1:
+                raise UserError(f"--{name} must be at least 1, got {values[name]}")
+        for name in ("learning_rate", "kappa", "lr_warmup_steps", "num_validation_images"):
+            if values[name] < 0:
+                raise UserError(f"--{name} must not be negative, got {values[name]}")
+        if not 0 <= self.beta < 1:
+            raise UserError(f"--beta must lie in [0, 1), got {self.beta}")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise UserError(f"--resolution must be a multiple of 8, got {self.resolution}")
+        check_model(values["pretrained_model_name_or_path"])
+        return TrainConfig(**values)
+
+    def trajectory(self) -> dict:
+        """The settings that decide the result: a checkpoint is continued only under the same.
+
+        At a constant learning rate the number of steps is none of them: a run may be prolonged.
+        """
+        free = _FREE_ON_RESUME | ({"max_train_steps"} if self.lr_scheduler == "constant" else set())
+        return {k: v for k, v in asdict(self).items() if k not in free}
+
+    def to_toml(self) -> str:
+        """The configuration as `--config` reads it."""
+        lines = []
+        for name, value in asdict(self).items():
+            if isinstance(value, Path):
+                value = str(value)
+            if value is not None:
+                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        return "\n".join(lines) + "\n"

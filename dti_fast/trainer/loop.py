@@ -1,0 +1,201 @@
+"""The training run, read from top to bottom."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from dti_fast import __version__
+from dti_fast.backbones.load import load_backbone
+from dti_fast.data.draws import Dataset, Draws, draw
+from dti_fast.data.folder import find_pictures, load_pictures
+from dti_fast.data.latents import encode_moments
+from dti_fast.data.prompts import training_prompts
+from dti_fast.errors import UserError
+from dti_fast.formats import write_embeddings
+from dti_fast.optim import SphericalSGD
+from dti_fast.tokens import TokenEmbedding
+from dti_fast.trainer.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.monitor import GRADIENT_DEADLINE, Monitor
+from dti_fast.trainer.preview import save_preview
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind."""
+
+    embedding_paths: list[Path]
+    preview_path: Path | None
+    log_path: Path
+    placeholder: str
+    magnitudes: list[float]
+
+
+def diffusion_loss(backbone, data: Dataset, alphas: Tensor, prediction_type: str, draws: Draws) -> Tensor:
+    """Mean squared error of the denoiser's prediction, float32.
+
+    `alphas` are the cumulative products of 1 - beta, `[T]`.  The target is the noise, or
+    v = sqrt(alpha) noise - sqrt(1 - alpha) latents.
+    """
+    latents = data.mean[draws.picture] + data.std[draws.picture] * draws.posterior_noise
+    alpha = alphas[draws.timestep].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * draws.noise
+    target = draws.noise if prediction_type == "epsilon" else alpha.sqrt() * draws.noise - (1 - alpha).sqrt() * latents
+    condition = backbone.condition([ids[draws.prompt] for ids in data.prompt_ids], data.sizes[draws.picture])
+    return F.mse_loss(backbone.denoise(noisy, draws.timestep, condition), target)
+
+
+def learning_rates(config: TrainConfig) -> Tensor:
+    """The learning rate of every step, `[max_train_steps]`."""
+    steps, warmup = config.max_train_steps, config.lr_warmup_steps
+    rates = torch.full((steps,), config.effective_learning_rate, dtype=torch.float64)
+    if config.lr_scheduler == "cosine":
+        progress = ((torch.arange(steps) - warmup) / max(1, steps - warmup)).clamp(min=0)
+        rates *= 0.5 * (1 + torch.cos(math.pi * progress))
+    rates *= ((torch.arange(steps) + 1) / (warmup + 1)).clamp(max=1)
+    return rates.float()
+
+
+def train_step(backbone, data, alphas, prediction_type, passes, embeddings, optimizer, scaler) -> tuple[Tensor, Tensor]:
+    """One optimizer step over `passes`; returns the loss and 1 if it failed, both on the device.
+
+    Nothing here waits for the device.  If the loss or a gradient is not finite, no direction moves.
+    """
+    optimizer.zero_grad(set_to_none=False)
+    total = 0
+    for draws in passes:
+        loss = diffusion_loss(backbone, data, alphas, prediction_type, draws) / len(passes)
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    gradients = sum(embedding.directions.grad.sum() for embedding in embeddings)
+    failed = (~torch.isfinite(total + gradients)).float()
+    if not scaler.is_enabled():  # an enabled scaler finds overflows itself
+        optimizer.found_inf = failed
+    scaler.step(optimizer)
+    scaler.update()
+    return total, failed
+
+
+def pick_precision(choice: str, device: torch.device) -> torch.dtype:
+    if choice == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
+
+
+def check_output(folder: Path) -> None:
+    """Raise a UserError if `folder` could not be made or written; makes nothing."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"the output folder {str(folder)!r} cannot be written; choose another with --output_dir")
+
+
+def train(config: TrainConfig) -> Result:
+    """Learn a concept; writes embeddings, preview, log, configuration and checkpoints to `config.output_dir`.
+
+    Raises:
+        UserError: for bad input, before anything is written where that is possible.
+    """
+    console = Console(stderr=True)
+    config = config.resolved()
+    pictures = find_pictures(config.train_data_dir)
+    prompts, prompt_per_picture = training_prompts(pictures, config.placeholder_token, config.learnable_property)
+    check_output(config.output_dir)
+    checkpoint = find_checkpoint(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    dtype = pick_precision(config.mixed_precision, device)
+
+    with console.status("loading the model"):
+        backbone = load_backbone(config.pretrained_model_name_or_path, dtype, device)
+    fingerprint = backbone.fingerprint()
+    backbone.set_pooling(config.pooling)
+    embeddings = [
+        TokenEmbedding.install(
+            text_encoder, tokenizer, config.placeholder_token,
+            init=config.initializer_token, num_vectors=config.num_vectors, magnitude=config.magnitude,
+        )
+        for text_encoder, tokenizer in zip(backbone.text_encoders, backbone.tokenizers, strict=True)
+    ]  # fmt: skip
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / "config.toml").write_text(config.to_toml())
+
+    with console.status("encoding the pictures"):
+        pixels, sizes = load_pictures(pictures, config.resolution or backbone.default_resolution())
+        mean, std = encode_moments(backbone.vae, pixels)
+        backbone.vae.to("cpu")
+    prompt_ids = [
+        tokenizer(
+            [embedding.expand(p) for p in prompts],
+            padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt",
+        ).input_ids
+        for embedding, tokenizer in zip(embeddings, backbone.tokenizers, strict=True)
+    ]  # fmt: skip
+    data = Dataset(mean, std, sizes, prompt_ids, prompt_per_picture).to(device)
+    alphas, prediction_type = backbone.noise_schedule()
+    alphas = alphas.to(device)
+    if config.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+
+    rates = learning_rates(config)
+    device_rates, lr = rates.to(device), torch.zeros((), device=device)
+    groups = [{"params": [e.directions], "mu": e.mu} for e in embeddings]
+    optimizer = SphericalSGD(groups, lr=lr, kappa=config.kappa, beta=config.beta)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step = 0
+    if checkpoint is not None:
+        step = load_checkpoint(checkpoint, config, fingerprint, embeddings, optimizer, scaler)
+        console.print(f"resuming after step {step}")
+
+    log_path = config.output_dir / "log.jsonl"
+    with Monitor(log_path, embeddings, step, config.max_train_steps, config.samples_per_step) as monitor:
+        while step < config.max_train_steps:
+            lr.copy_(device_rates[step])
+            passes = [
+                draw(
+                    data,
+                    config.train_batch_size,
+                    len(alphas),
+                    config.seed,
+                    step * config.gradient_accumulation_steps + i,
+                )
+                for i in range(config.gradient_accumulation_steps)
+            ]
+            loss, failed = train_step(backbone, data, alphas, prediction_type, passes, embeddings, optimizer, scaler)
+            step += 1
+            monitor.record(step, loss, failed)
+            last = step == config.max_train_steps
+            if step % config.logging_steps == 0 or step == GRADIENT_DEADLINE or last:
+                try:
+                    monitor.log(step, rates[step - 1].item(), tolerate_failures=scaler.is_enabled())
+                except UserError:
+                    save_checkpoint(config, fingerprint, step, embeddings, optimizer, scaler)
+                    raise
+            if step % config.checkpointing_steps == 0 or last:
+                save_checkpoint(config, fingerprint, step, embeddings, optimizer, scaler)
+            if config.validation_steps and step % config.validation_steps == 0 and not last:
+                save_preview(config, backbone, embeddings, pictures, config.output_dir / f"preview-{step:06d}.png")
+
+    metadata = {
+        "method": "dti", "token": config.placeholder_token, "base_model": config.pretrained_model_name_or_path,
+        "base_model_fingerprint": fingerprint, "magnitude": [e.magnitudes.mean().item() for e in embeddings],
+        "initializer_token": config.initializer_token, "steps": step, "seed": config.seed,
+        "pooling": config.pooling, "dti_fast": __version__,
+    }  # fmt: skip
+    paths = write_embeddings(config.output_dir, config.placeholder_token, [e.vectors() for e in embeddings], metadata)
+    preview = config.output_dir / "preview.png" if config.num_validation_images else None
+    if preview:
+        with console.status("drawing the preview"):
+            save_preview(config, backbone, embeddings, pictures, preview)
+    return Result(paths, preview, log_path, config.placeholder_token, metadata["magnitude"])

@@ -1,0 +1,85 @@
+"""Pictures of a concept: generated from prompts, laid out beside the training pictures."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from dti_fast.backbones.load import POCKET
+from dti_fast.trainer.config import TrainConfig
+
+POCKET_PROMPTS = (
+    "a photo of a {}",
+    "a photo of a {} on the beach",
+    "a photo of a {} wearing a crown in the snow",
+    "a photo of a {} wearing sunglasses in a city at night",
+    "a pencil sketch of a {}",
+    "a neon sign of a {} on the moon",
+)
+PROMPTS = {
+    "object": ("a photo of {}", "a photo of {} on the beach", "a painting of {} in a forest", "{} wearing a red hat"),
+    "style": ("a house in the style of {}", "a dog in the style of {}", "a portrait in the style of {}"),
+}
+
+
+def generate(
+    pipeline,
+    prompt: str,
+    count: int,
+    seed: int,
+    steps: int = 25,
+    guidance_scale: float | None = None,
+    size: int | None = None,
+) -> list[Image.Image]:
+    """`count` pictures of `prompt`; picture i depends on seed + i alone, not on the device."""
+    extra = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    pictures = []
+    for i in range(count):
+        generator = torch.Generator().manual_seed(seed + i)
+        result = pipeline(prompt, num_inference_steps=steps, generator=generator, height=size, width=size, **extra)
+        pictures += result.images
+    return pictures
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG under a temporary name, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def grid(rows: list[tuple[str, list[Image.Image]]], cell: int = 128, gap: int = 6) -> Image.Image:
+    """Labelled rows of pictures; small ones are enlarged without smoothing."""
+    label_height = 20
+    columns = max(len(pictures) for _, pictures in rows)
+    width, height = columns * (cell + gap) + gap, len(rows) * (cell + label_height + gap) + gap
+    sheet = Image.new("RGB", (max(width, 480), height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for r, (label, pictures) in enumerate(rows):
+        top = gap + r * (cell + label_height + gap)
+        draw.text((gap, top), label, fill="black", font=font)
+        for c, picture in enumerate(pictures):
+            resample = Image.Resampling.NEAREST if picture.width < cell else Image.Resampling.LANCZOS
+            sheet.paste(
+                picture.convert("RGB").resize((cell, cell), resample), (gap + c * (cell + gap), top + label_height)
+            )
+    return sheet
+
+
+def save_preview(config: TrainConfig, backbone, embeddings, pictures, path: Path) -> None:
+    """The training pictures, then a row of generated ones for every prompt, the init word's first."""
+    pocket = config.pretrained_model_name_or_path == POCKET
+    prompts = config.validation_prompt or (POCKET_PROMPTS if pocket else PROMPTS[config.learnable_property])
+    modes = [module.training for module in backbone.modules()]
+    backbone.vae.to(embeddings[0].directions.device)
+    for module in backbone.modules():
+        module.eval()
+    rows = [("training pictures", [Image.open(p.path) for p in pictures[:8]])]
+    first = prompts[0].replace("{}", config.initializer_token)
+    for label, prompt in [(first, first)] + [(p.replace("{}", config.placeholder_token),) * 2 for p in prompts]:
+        images = generate(backbone.pipeline, prompt, config.num_validation_images, config.seed, size=config.resolution)
+        rows.append((label, images))
+    save_picture(grid(rows), path)
+    backbone.vae.to("cpu")
+    for module, mode in zip(backbone.modules(), modes, strict=True):
+        module.train(mode)
