@@ -6,7 +6,6 @@ from torch import Tensor
 from dti_fast.ops._dispatch import Operator, describe, library
 from dti_fast.reference import token_embed as reference
 
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

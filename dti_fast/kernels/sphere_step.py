@@ -1,0 +1,133 @@
+"""One Riemannian step of unit rows in one pass over memory.
+
+    g  = grad / grad_scale - kappa mu
+    g  = g - (g . p) p
+    nu = beta nu + (1 - beta) |g|^2,  nu_hat = nu / (1 - beta^step)
+    p  = normalise(p - lr g / (sqrt(nu_hat) + eps)), or p itself where g = 0 or found_inf is set
+
+Shapes: p, grad, mu `[K, D]` with any strides; nu `[K, 1]`; step, lr, grad_scale, found_inf one number each.
+Dtypes: p, nu and the numbers float32; grad and mu float32, bfloat16 or float16; arithmetic float32.
+Launch: one program for every `rows` rows, each row whole in registers; `launch` is the fixed table.
+Bytes: p, grad, mu read once and p written once, the least possible: for float32 `16 K D`, without a prior `12 K D`.
+"""
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _sphere_step_kernel(
+    p_ptr,  # [K, D]
+    grad_ptr,  # [K, D]
+    mu_ptr,  # [K, D] or None
+    moment_ptr,  # [K, 1] or None
+    step_ptr,
+    lr_ptr,
+    scale_ptr,  # or None
+    found_ptr,  # or None
+    p_row,  # strides, in elements
+    p_column,
+    grad_row,
+    grad_column,
+    mu_row,
+    mu_column,
+    moment_row,
+    K,
+    D,
+    kappa,
+    beta,
+    one_minus_beta,
+    log_beta,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    column = tl.arange(0, COLUMNS)[None, :]  # [1, COLUMNS]
+    inside = (row < K) & (column < D)
+    row = row.to(tl.int64)
+    column = column.to(tl.int64)
+
+    p_at = p_ptr + row * p_row + column * p_column
+    p = tl.load(p_at, mask=inside, other=0.0)
+    g = tl.load(grad_ptr + row * grad_row + column * grad_column, mask=inside, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        g = g / tl.load(scale_ptr)
+    if mu_ptr is not None:
+        g -= kappa * tl.load(mu_ptr + row * mu_row + column * mu_column, mask=inside, other=0.0).to(tl.float32)
+    g -= tl.sum(g * p, axis=1, keep_dims=True) * p
+    norm_squared = tl.sum(g * g, axis=1, keep_dims=True)  # [ROWS, 1]
+
+    write = row < K
+    if found_ptr is not None:
+        # A block, because Triton's interpreter loses the type of a compared scalar.
+        found = tl.load(found_ptr) + tl.zeros([ROWS, 1], tl.float32)
+        write = write & (found == 0.0)
+    if moment_ptr is not None:
+        moment_at = moment_ptr + row * moment_row
+        moment = beta * tl.load(moment_at, mask=row < K, other=1.0) + one_minus_beta * norm_squared
+        tl.store(moment_at, moment, mask=write)
+        norm = tl.sqrt(moment / _one_minus_exp(tl.load(step_ptr) * log_beta))
+    else:
+        norm = tl.sqrt(norm_squared)
+
+    moved = p - (tl.load(lr_ptr) / (norm + eps)) * g
+    length = tl.sqrt(tl.sum(moved * moved, axis=1, keep_dims=True))
+    # A row that did not move, or lies beyond K, is not written: normalising again would change its last bits.
+    tl.store(p_at, moved / length, mask=inside & write & (norm_squared != 0.0))
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0 without the cancellation near 0, where a Taylor polynomial serves."""
+    series = 1.0 + x / 9
+    series = 1.0 + x / 8 * series
+    series = 1.0 + x / 7 * series
+    series = 1.0 + x / 6 * series
+    series = 1.0 + x / 5 * series
+    series = 1.0 + x / 4 * series
+    series = 1.0 + x / 3 * series
+    series = 1.0 + x / 2 * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+class Launch(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+
+
+def launch(K: int, D: int) -> Launch:
+    """The tile for `[K, D]`: whole rows, up to 16 elements a thread; several rows where they are short and many."""
+    columns = max(triton.next_power_of_2(D), 32)
+    rows = max(1024 // columns, 1) if K >= 4096 else 1
+    return Launch(rows, columns, warps=min(max(rows * columns // 256, 1), 16))
+
+
+def sphere_step_(p, grad, mu, second_moment, step, lr, *, kappa, beta, eps, grad_scale=None, found_inf=None) -> None:
+    """Launch on the current stream; arguments as in `dti_fast.ops.sphere_step_`, already checked."""
+    K, D = p.shape
+    if p.numel() == 0:
+        return
+    tile = launch(K, D)
+    arguments = _arguments(p, grad, mu, second_moment, step, lr, kappa, beta, eps, grad_scale, found_inf)
+    _sphere_step_kernel[(triton.cdiv(K, tile.rows),)](
+        *arguments, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, enable_fp_fusion=True
+    )
+
+
+def _arguments(
+    p: Tensor, grad: Tensor, mu: Tensor | None, second_moment: Tensor | None, step, lr, kappa, beta, eps, scale, found
+) -> tuple:
+    mu = mu if kappa != 0.0 else None
+    return (
+        p, grad, mu, second_moment, step, lr, scale, found,
+        *p.stride(), *grad.stride(), *((0, 0) if mu is None else mu.stride()),
+        0 if second_moment is None else second_moment.stride(0),
+        *p.shape,
+        kappa, beta, 1 - beta, math.log(beta) if beta > 0 else 0.0, eps,
+    )  # fmt: skip
