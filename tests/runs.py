@@ -1,0 +1,37 @@
+"""Fixtures' raw material: pictures, a pipeline of each family, and the command line as a subprocess."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+
+
+def write_pictures(folder: Path, count: int = 3) -> Path:
+    """Smooth random pictures of 80 x 100 pixels, so that a denoiser has something to see."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 255, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((100, 80), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def dti_fast(*arguments, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
+    """Run `dti-fast` in a process of its own."""
+    command = [sys.executable, "-m", "dti_fast.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout, **kwargs)
+
+
+def train_arguments(model: Path, pictures: Path, output: Path, **settings) -> list:
+    """Arguments of a short training run; a setting of True is a bare flag."""
+    settings = {"placeholder_token": "<toy>", "initializer_token": "dog", "num_validation_images": 0, **settings}
+    arguments = ["train", "--pretrained_model_name_or_path", model, "--train_data_dir", pictures]
+    arguments += ["--output_dir", output]
+    for name, value in settings.items():
+        arguments += [f"--{name}"] if value is True else [f"--{name}", value]
+    return arguments
