@@ -65,7 +65,7 @@ def cache_directory() -> Path:
 def file_name(part: str) -> str:
     settings = (_COMMON, _HOST, ARCHITECTURES, sys.platform, platform.machine())
     ingredients = hashlib.sha256(repr(settings).encode())
-    for path in (source_directory() / "dti_math.h", *sources(part)):
+    for path in (*sorted(source_directory().glob("*.h")), *sources(part)):
         ingredients.update(path.read_bytes())
     return f"dti_fast_C_{part}-{ingredients.hexdigest()[:16]}.so"
 

@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from dti_fast.ops import _native
-
 library = torch.library.Library("dti_fast", "FRAGMENT")
 operators: dict[str, "Operator"] = {}
 
@@ -94,7 +92,11 @@ class Operator:
             return None
         if backend not in self.fused:
             return f"{self.name} has no {backend} implementation"
-        return _triton_obstacle(device) if backend == "triton" else _native.obstacle(device, build=build)
+        if backend == "triton":
+            return _triton_obstacle(device)
+        from dti_fast.ops import _native  # late, so that `python -m dti_fast.ops._build` finds _build not yet imported
+
+        return _native.obstacle(device, build=build)
 
     def _choose(self, device: str, forced: str | None) -> Callable:
         serving = self.serving(device, forced, build=True)
@@ -105,7 +107,7 @@ class Operator:
         if serving.backend == "triton":
             implementation = getattr(importlib.import_module(f"dti_fast.kernels.{self.stem}"), self.name)
         elif serving.backend == "native":
-            _native.load(device)
+            importlib.import_module("dti_fast.ops._native").load(device)
             implementation = getattr(torch.ops.dti_fast_C, self.name).default
         else:
             implementation = self.reference

@@ -57,7 +57,6 @@ Operator(
     check=_check,
     output=_output,
     reference=reference.token_embed,
-    fused=(),
 )
 Operator(
     "token_embed_backward(Tensor grad, Tensor ids, Tensor magnitudes, int first_id) -> Tensor",
@@ -65,7 +64,6 @@ Operator(
     check=_check_backward,
     output=_output_backward,
     reference=reference.token_embed_backward,
-    fused=(),
 )
 torch.library.register_autograd("dti_fast::token_embed", _backward, setup_context=_save, lib=library)
 

@@ -1,0 +1,83 @@
+// sphere_step_ on the CPU: rows in parallel, each in a scratch buffer that stays in the cache.
+#include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "arguments.h"
+
+namespace dti_fast {
+namespace {
+
+struct OneThread {
+  int64_t D;
+
+  template <class F>
+  float sum(F f) const {
+    // Sixteen partial sums, so that the compiler may use vector registers.
+    float part[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= D; i += 16)
+      for (int64_t j = 0; j < 16; ++j) part[j] += f(i + j);
+    for (; i < D; ++i) part[i % 16] += f(i);
+    for (int width = 8; width > 0; width /= 2)
+      for (int j = 0; j < width; ++j) part[j] += part[j + width];
+    return part[0];
+  }
+
+  template <class F>
+  void each(F f) const {
+    for (int64_t i = 0; i < D; ++i) f(i);
+  }
+};
+
+void sphere_step_(
+    Tensor p,                             // [K, D]
+    Tensor grad,                          // [K, D]
+    std::optional<Tensor> mu,             // [K, D]
+    std::optional<Tensor> second_moment,  // [K, 1]
+    Tensor step,
+    Tensor lr,
+    double kappa,
+    double beta,
+    double eps,
+    std::optional<Tensor> grad_scale,
+    std::optional<Tensor> found_inf) {
+  if (found_inf && *floats(found_inf) != 0) return;
+  const int64_t K = p.size(0), D = p.size(1);
+  const SphereStep options(kappa, beta, eps);
+  const float rate = *floats(lr), count = *floats(step), scale = grad_scale ? *floats(grad_scale) : 1.0f;
+  const bool prior = mu && kappa != 0;
+  const Row grad_row = first_row(grad), mu_row = prior ? first_row(*mu) : Row{};
+  const int64_t p_stride = p.stride(0), p_column = p.stride(1), grad_stride = grad.stride(0);
+  const int64_t mu_stride = prior ? mu->stride(0) : 0, nu_stride = second_moment ? second_moment->stride(0) : 0;
+  float* const p_data = floats(p);
+  float* const nu_data = second_moment ? floats(*second_moment) : nullptr;
+
+  const int64_t rows_at_once = std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1));
+  torch::stable::parallel_for(0, K, rows_at_once, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * D);
+    float *const row = scratch.data(), *const g = row + D;
+    const OneThread team{D};
+    for (int64_t k = begin; k < end; ++k) {
+      float* const home = p_data + k * p_stride;
+      const Row from = grad_row.at(k, grad_stride), mean = mu_row.at(k, mu_stride);
+      team.each([&](int64_t i) { row[i] = home[i * p_column]; });
+      if (prior)
+        team.each([&](int64_t i) { g[i] = with_prior(from[i], scale, options.kappa, mean[i]); });
+      else
+        team.each([&](int64_t i) { g[i] = from[i] / scale; });
+      float unused = 0;
+      float& nu = nu_data ? nu_data[k * nu_stride] : unused;
+      if (sphere_step(team, row, g, nu, options, rate, count))
+        team.each([&](int64_t i) { home[i * p_column] = row[i]; });
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dti_fast_C, CPU, m) { m.impl("sphere_step_", TORCH_BOX(&sphere_step_)); }
+
+}  // namespace dti_fast

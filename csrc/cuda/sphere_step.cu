@@ -1,0 +1,115 @@
+// sphere_step_ on CUDA: one block per row, the row in registers, every tensor touched once.
+#include <algorithm>
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+
+namespace dti_fast {
+namespace {
+
+// The threads of a block hold N elements of the row each, those with index thread, thread + blockDim.x, ...
+template <int N>
+struct Block {
+  float* warps;  // [32] shared
+
+  template <class F>
+  __device__ float sum(F f) const {
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) total += f(i);
+    for (int width = 16; width > 0; width /= 2) total += __shfl_xor_sync(~0u, total, width);
+    __syncthreads();  // the sum before this one may still be read
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+    __syncthreads();
+    total = 0;
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += warps[warp];
+    return total;
+  }
+
+  template <class F>
+  __device__ void each(F f) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) f(i);
+  }
+};
+
+struct Arguments {
+  float* p;  // [K, D]
+  int64_t p_stride, p_column;
+  Row grad;  // [K, D]
+  int64_t grad_stride;
+  Row mu;  // [K, D]; data is null without a prior
+  int64_t mu_stride;
+  float* nu;  // [K, 1] or null
+  int64_t nu_stride;
+  const float *step, *lr, *grad_scale, *found_inf;  // the last two may be null
+  int64_t D;
+  SphereStep options;
+};
+
+template <int N>
+__global__ void sphere_step_kernel(const Arguments a) {
+  if (a.found_inf && *a.found_inf != 0) return;
+  __shared__ float warps[32];
+  const int64_t k = blockIdx.x;
+  float* const home = a.p + k * a.p_stride;
+  const Row grad = a.grad.at(k, a.grad_stride), mu = a.mu.at(k, a.mu_stride);
+  const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
+  float p[N], g[N];
+  const Block<N> team{warps};
+  team.each([&](int64_t i) {
+    const int64_t d = threadIdx.x + i * blockDim.x;
+    p[i] = d < a.D ? home[d * a.p_column] : 0.0f;
+    g[i] = d < a.D ? with_prior(grad[d], scale, a.options.kappa, a.mu.data ? mu[d] : 0.0f) : 0.0f;
+  });
+  float nu = a.nu ? a.nu[k * a.nu_stride] : 0.0f;
+  const bool moved = sphere_step(team, p, g, nu, a.options, *a.lr, *a.step);
+  if (moved)
+    team.each([&](int64_t i) {
+      const int64_t d = threadIdx.x + i * blockDim.x;
+      if (d < a.D) home[d * a.p_column] = p[i];
+    });
+  if (a.nu && threadIdx.x == 0) a.nu[k * a.nu_stride] = nu;
+}
+
+void sphere_step_(
+    Tensor p,                             // [K, D]
+    Tensor grad,                          // [K, D]
+    std::optional<Tensor> mu,             // [K, D]
+    std::optional<Tensor> second_moment,  // [K, 1]
+    Tensor step,
+    Tensor lr,
+    double kappa,
+    double beta,
+    double eps,
+    std::optional<Tensor> grad_scale,
+    std::optional<Tensor> found_inf) {
+  const int64_t K = p.size(0), D = p.size(1);
+  if (K == 0 || D == 0) return;
+  STD_TORCH_CHECK(D <= 16384, "the native CUDA kernel of sphere_step_ takes rows of up to 16384, got ", D);
+  const bool prior = mu && kappa != 0;
+  const Arguments arguments{
+      floats(p), p.stride(0), p.stride(1),
+      first_row(grad), grad.stride(0),
+      prior ? first_row(*mu) : Row{}, prior ? mu->stride(0) : 0,
+      second_moment ? floats(*second_moment) : nullptr, second_moment ? second_moment->stride(0) : 0,
+      floats(step), floats(lr), floats(grad_scale), floats(found_inf),
+      D, SphereStep(kappa, beta, eps)};
+
+  const torch::stable::accelerator::DeviceGuard guard(p.get_device_index());
+  const cudaStream_t stream = current_stream(p);
+  const unsigned threads = static_cast<unsigned>(std::clamp<int64_t>((D + 127) / 128 * 32, 32, 1024));
+  const int64_t each = (D + threads - 1) / threads;
+  const auto kernel = each <= 4 ? sphere_step_kernel<4> : each <= 8 ? sphere_step_kernel<8> : sphere_step_kernel<16>;
+  kernel<<<static_cast<unsigned>(K), threads, 0, stream>>>(arguments);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dti_fast_C, CUDA, m) { m.impl("sphere_step_", TORCH_BOX(&sphere_step_)); }
+
+}  // namespace dti_fast

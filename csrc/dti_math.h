@@ -1,0 +1,122 @@
+// The arithmetic of the ops on one row, compiled by the host compiler and by nvcc: what the CPU tests prove, CUDA runs.
+//
+// Letters: K vectors, D dimensions.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#ifdef __CUDACC__
+#define DTI_HD __host__ __device__ __forceinline__
+#else
+#define DTI_HD inline
+#endif
+
+namespace dti_fast {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+// A row of float, BFloat16 or Half with any stride, read as float.
+struct Row {
+  const void* data;
+  int64_t stride;  // in elements
+  ScalarType dtype;
+
+  DTI_HD float operator[](int64_t i) const {
+    switch (dtype) {
+      case ScalarType::BFloat16:
+        return static_cast<float>(static_cast<const BFloat16*>(data)[i * stride]);
+      case ScalarType::Half:
+        return static_cast<float>(static_cast<const Half*>(data)[i * stride]);
+      default:
+        return static_cast<const float*>(data)[i * stride];
+    }
+  }
+
+  // The row `k` of the matrix whose row 0 this is.
+  DTI_HD Row at(int64_t k, int64_t row_stride) const {
+    const int64_t bytes = k * row_stride * (dtype == ScalarType::Float ? 4 : 2);
+    return {static_cast<const char*>(data) + bytes, stride, dtype};
+  }
+};
+
+// Element `i` of a float, BFloat16 or Half tensor, rounded from a float.
+DTI_HD void store(void* data, ScalarType dtype, int64_t i, float value) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      static_cast<BFloat16*>(data)[i] = BFloat16(value);
+      break;
+    case ScalarType::Half:
+      static_cast<Half*>(data)[i] = Half(value);
+      break;
+    default:
+      static_cast<float*>(data)[i] = value;
+  }
+}
+
+struct SphereStep {
+  float kappa, beta, one_minus_beta, log_beta, eps;
+
+  SphereStep(double kappa, double beta, double eps)
+      : kappa(static_cast<float>(kappa)),
+        beta(static_cast<float>(beta)),
+        one_minus_beta(static_cast<float>(1 - beta)),
+        log_beta(beta > 0 ? static_cast<float>(std::log(beta)) : 0.0f),
+        eps(static_cast<float>(eps)) {}
+};
+
+// Gradient of loss and prior: g / scale - kappa mu.
+DTI_HD float with_prior(float g, float grad_scale, float kappa, float mu) { return g / grad_scale - kappa * mu; }
+
+// One Riemannian step of the row p, [D], along the gradient g, [D], which is overwritten:
+//
+//     g  = g - (g . p) p
+//     nu = beta nu + (1 - beta) |g|^2,  nu_hat = nu / (1 - beta^step)
+//     p  = normalise(p - lr g / (sqrt(nu_hat) + eps))
+//
+// `team` is whoever holds the row: sum(f) adds f(i) over all of it, each(f) visits the member's own part.  With
+// beta 0 nu is not used.  Returns false for g = 0, where p is to be left as it was, bit by bit.
+template <class Team>
+DTI_HD bool sphere_step(const Team& team, float* p, float* g, float& nu, const SphereStep& o, float lr, float step) {
+  const float along = team.sum([&](int64_t i) { return g[i] * p[i]; });
+  team.each([&](int64_t i) { g[i] -= along * p[i]; });
+  const float norm_squared = team.sum([&](int64_t i) { return g[i] * g[i]; });
+  float nu_hat = norm_squared;
+  if (o.beta > 0) {
+    nu = o.beta * nu + o.one_minus_beta * norm_squared;
+    nu_hat = nu / -expm1f(step * o.log_beta);
+  }
+  const float pace = lr / (sqrtf(nu_hat) + o.eps);
+  team.each([&](int64_t i) { p[i] -= pace * g[i]; });
+  const float length = sqrtf(team.sum([&](int64_t i) { return p[i] * p[i]; }));
+  team.each([&](int64_t i) { p[i] /= length; });
+  return norm_squared != 0;
+}
+
+// What token_embed reads from.
+struct Embeddings {
+  Row vocabulary;  // [V, D]
+  int64_t vocabulary_stride, V;
+  const float* directions;  // [K, D]
+  int64_t direction_stride, direction_column, K;
+  const float* magnitudes;  // [K, 1]
+  int64_t magnitude_stride;
+  int64_t first_id;
+
+  // Element d of the embedding of an id: magnitude times direction, or the vocabulary's, or NaN for neither.
+  DTI_HD float operator()(int64_t id, int64_t d) const {
+    const int64_t k = id - first_id;
+    if (k >= 0 && k < K)
+      return magnitudes[k * magnitude_stride] * directions[k * direction_stride + d * direction_column];
+    if (id >= 0 && id < V) return vocabulary.at(id, vocabulary_stride)[d];
+    return NAN;
+  }
+};
+
+}  // namespace dti_fast

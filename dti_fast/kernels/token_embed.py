@@ -1,0 +1,110 @@
+"""Prompt ids to input embeddings in one pass, and the gradient with respect to the learned directions.
+
+    k      = id - first_id
+    out[i] = magnitudes[k] directions[k] for 0 <= k < K, vocabulary[id] for another id below V, else NaN
+    d directions[k] = magnitudes[k] sum over positions i with id = first_id + k of grad[i]
+
+Shapes: ids `[N]`, vocabulary `[V, D]`, directions `[K, D]`, magnitudes `[K, 1]`, out and grad `[N, D]`.
+Dtypes: ids int64; vocabulary, out and grad float32, bfloat16 or float16; the rest float32; arithmetic float32.
+Launch: forward one program a position; backward one program for `COLUMNS` columns of one direction, which reads all
+ids and adds the rows of its own in a fixed order.
+Bytes: forward one row in and one row out a position, the least possible; backward one row in for each position of a
+learned id and `[K, D]` out, besides `8 N` for the ids, read by every program.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _token_embed_kernel(
+    ids_ptr,  # [N]
+    vocabulary_ptr,  # [V, D]
+    directions_ptr,  # [K, D]
+    magnitudes_ptr,  # [K, 1]
+    out_ptr,  # [N, D] contiguous
+    vocabulary_row,  # strides, in elements
+    vocabulary_column,
+    directions_row,
+    directions_column,
+    magnitudes_row,
+    first_id,
+    V,
+    K,
+    D,
+    COLUMNS: tl.constexpr,
+):
+    position = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS).to(tl.int64)
+    inside = column < D
+    # Blocks from here on, because Triton's interpreter loses the type of a compared scalar.
+    token = tl.load(ids_ptr + position) + tl.zeros([COLUMNS], tl.int64)
+    k = token - first_id
+    # Masks and not branches: of the two rows only the one that is meant is read.
+    learned = inside & (k >= 0) & (k < K)
+    known = inside & (token >= 0) & (token < V) & ~learned
+    magnitude = tl.load(magnitudes_ptr + k * magnitudes_row, mask=learned, other=0.0)
+    direction = tl.load(directions_ptr + k * directions_row + column * directions_column, mask=learned, other=0.0)
+    word = tl.load(
+        vocabulary_ptr + token * vocabulary_row + column * vocabulary_column, mask=known, other=float("nan")
+    )
+    row = tl.where(learned, (magnitude * direction).to(word.dtype), word)
+    tl.store(out_ptr + position * D + column, row, mask=inside)
+
+
+@triton.jit
+def _token_embed_backward_kernel(
+    grad_ptr,  # [N, D] contiguous
+    ids_ptr,  # [N]
+    magnitudes_ptr,  # [K, 1]
+    out_ptr,  # [K, D] contiguous
+    magnitudes_row,
+    first_id,
+    N,
+    D,
+    POSITIONS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    k = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [1, COLUMNS]
+    total = tl.zeros([POSITIONS, COLUMNS], tl.float32)
+    for start in range(0, N, POSITIONS):
+        position = start + tl.arange(0, POSITIONS)[:, None]  # [POSITIONS, 1]
+        token = tl.load(ids_ptr + position, mask=position < N, other=first_id - 1)
+        mine = (token == first_id + k) & (column < D)
+        total += tl.load(grad_ptr + position.to(tl.int64) * D + column, mask=mine, other=0.0).to(tl.float32)
+    gradient = tl.load(magnitudes_ptr + k * magnitudes_row) * tl.sum(total, axis=0, keep_dims=True)
+    tl.store(out_ptr + k * D + column, gradient, mask=column < D)
+
+
+def token_embed(ids, vocabulary, directions, magnitudes, first_id: int) -> Tensor:
+    """Launch on the current stream; arguments as in `dti_fast.ops.token_embed`, already checked."""
+    V, D = vocabulary.shape
+    out = torch.empty((*ids.shape, D), dtype=vocabulary.dtype, device=vocabulary.device)
+    if out.numel() == 0:
+        return out
+    columns = triton.next_power_of_2(D)
+    _token_embed_kernel[(ids.numel(),)](
+        ids.reshape(-1), vocabulary, directions, magnitudes, out,
+        *vocabulary.stride(), *directions.stride(), magnitudes.stride(0),
+        first_id, V, directions.shape[0], D,
+        COLUMNS=columns, num_warps=min(max(columns // 256, 1), 8), enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def token_embed_backward(grad, ids, magnitudes, first_id: int) -> Tensor:
+    """Launch on the current stream; arguments as in `dti_fast.ops`' `token_embed_backward`, already checked."""
+    K, D = magnitudes.shape[0], grad.shape[-1]
+    out = torch.empty((K, D), dtype=torch.float32, device=grad.device)
+    if out.numel() == 0:
+        return out
+    columns = min(triton.next_power_of_2(D), 128)
+    _token_embed_backward_kernel[(K, triton.cdiv(D, columns))](
+        grad.reshape(-1, D).contiguous(), ids.reshape(-1), magnitudes, out,
+        magnitudes.stride(0), first_id, ids.numel(), D,
+        POSITIONS=32, COLUMNS=columns, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
