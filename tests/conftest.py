@@ -6,6 +6,42 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported
+
+LANES = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("native", "cpu"), id="native"),
+    pytest.param(("triton", "cpu"), id="interpreter"),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    pytest.param(("native", "cuda"), id="cuda", marks=pytest.mark.gpu),
+]
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(params=LANES)
+def lane(request, monkeypatch) -> str:
+    """Forces a backend; the device to put tensors on.  The native libraries are built once, into the cache."""
+    from dti_fast.ops import _build
+
+    backend, device = request.param
+    if backend == "native":
+        try:
+            _build.torch_directory(), _build.host_compiler()
+            if device == "cuda":
+                _build.cuda_compiler()
+        except _build.BuildError as error:
+            pytest.skip(str(error))
+    if (backend, device) == ("triton", "cpu") and torch.cuda.is_available():
+        pytest.skip("with a CUDA device the kernels run on it, not in Triton's interpreter")
+    monkeypatch.setenv("DTI_FAST_BACKEND", backend)
+    return device
 
 
 @pytest.fixture(scope="session")

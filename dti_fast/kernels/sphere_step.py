@@ -84,15 +84,16 @@ def _sphere_step_kernel(
 @triton.jit
 def _one_minus_exp(x):
     """1 - exp(x) for x <= 0 without the cancellation near 0, where a Taylor polynomial serves."""
-    series = 1.0 + x / 9
-    series = 1.0 + x / 8 * series
-    series = 1.0 + x / 7 * series
-    series = 1.0 + x / 6 * series
-    series = 1.0 + x / 5 * series
-    series = 1.0 + x / 4 * series
-    series = 1.0 + x / 3 * series
-    series = 1.0 + x / 2 * series
-    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+    near = tl.maximum(x, -0.5)
+    series = 1.0 + near / 9
+    series = 1.0 + near / 8 * series
+    series = 1.0 + near / 7 * series
+    series = 1.0 + near / 6 * series
+    series = 1.0 + near / 5 * series
+    series = 1.0 + near / 4 * series
+    series = 1.0 + near / 3 * series
+    series = 1.0 + near / 2 * series
+    return tl.where(x > -0.5, -near * series, 1.0 - tl.exp(x))
 
 
 class Launch(NamedTuple):
