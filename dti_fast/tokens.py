@@ -77,8 +77,13 @@ class TokenEmbedding(nn.Module):
         return self
 
     def uninstall(self) -> None:
-        """Give the text encoder its own embedding back and take the tokens out of the tokenizer."""
+        """Give the text encoder its own embedding back and take the tokens out of the tokenizer.
+
+        Several concepts come off in the reverse order of their installation; RuntimeError otherwise.
+        """
         text_encoder, tokenizer, backend = self._undo
+        if text_encoder.get_input_embeddings() is not self:
+            raise RuntimeError("another embedding was installed after this one; uninstall that first")
         text_encoder.set_input_embeddings(self.vocabulary)
         tokenizer._tokenizer = backend
 
@@ -100,7 +105,11 @@ class TokenEmbedding(nn.Module):
         return prompt.replace(self.placeholder, " ".join(self.tokens))
 
     def forward(self, ids: Tensor) -> Tensor:
-        return token_embed(ids, self.vocabulary.weight, self.directions, self.magnitudes, self.first_id)
+        if not isinstance(self.vocabulary, TokenEmbedding):
+            return token_embed(ids, self.weight, self.directions, self.magnitudes, self.first_id)
+        learned = (ids >= self.first_id) & (ids < self.first_id + len(self.directions))
+        own = token_embed(ids.masked_fill(~learned, 0), self.weight, self.directions, self.magnitudes, self.first_id)
+        return torch.where(learned.unsqueeze(-1), own, self.vocabulary(ids.masked_fill(learned, 0)))
 
 
 def _token_ids(tokenizer, phrase: str) -> list[int]:

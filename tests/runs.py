@@ -29,9 +29,16 @@ def dti_fast(*arguments, timeout: float = 120, **kwargs) -> subprocess.Completed
 
 def train_arguments(model: Path, pictures: Path, output: Path, **settings) -> list:
     """Arguments of a short training run; a setting of True is a bare flag."""
-    settings = {"placeholder_token": "<toy>", "initializer_token": "dog", "num_validation_images": 0, **settings}
-    arguments = ["train", "--pretrained_model_name_or_path", model, "--train_data_dir", pictures]
-    arguments += ["--output_dir", output]
+    settings = {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": pictures,
+        "output_dir": output,
+        "placeholder_token": "<toy>",
+        "initializer_token": "dog",
+        "num_validation_images": 0,
+        **settings,
+    }
+    arguments = ["train"]
     for name, value in settings.items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", value]
     return arguments

@@ -62,13 +62,13 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device):
             family = "sdxl" if version == "sdxl" else "sd"
             pipeline_class = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
             pipeline = pipeline_class.from_single_file(
-                source, config=str(config_folder(version)), local_files_only=True, torch_dtype=dtype
+                source, config=str(config_folder(version)), local_files_only=True, dtype=dtype
             )
             pipeline.vae.to(vae_dtype)
         else:
             family = _family(DiffusionPipeline.load_config(source)["_class_name"], name)
             extra = {} if family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
-            pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtypes, **extra)
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtypes, **extra)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the model {name!r} cannot be loaded: {reason}") from error

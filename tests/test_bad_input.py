@@ -1,0 +1,164 @@
+"""Bad input: one clear line, exit code 2, nothing half-written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from runs import dti_fast, train_arguments, write_pictures
+
+
+def refused(run, message, out=None):
+    assert run.returncode == 2, run.stderr
+    lines = [line for line in run.stderr.splitlines() if line and not line.startswith("warning:")]
+    assert len(lines) == 1, run.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert out is None or not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_data_dir": "nowhere"}, "there is no folder 'nowhere'"),
+        ({"pretrained_model_name_or_path": "no such model"}, "there is no model 'no such model'"),
+        ({"initializer_token": " "}, "--initializer_token is empty"),
+        ({"placeholder_token": "two words"}, "must be one word"),
+        ({"max_train_steps": 0}, "--max_train_steps must be at least 1"),
+        ({"kappa": -1}, "--kappa must not be negative"),
+        ({"beta": 1}, "--beta must lie in [0, 1)"),
+        ({"resolution": 65}, "multiple of 8"),
+        ({"learning_rate": "fast"}, 'unable to convert "fast"'),
+        ({"lr_scheduler": "linear"}, "cosine"),
+        ({"learning_rat": 1}, "Did you mean --learning-rate"),
+        ({"output_dir": "/proc/version/out"}, "cannot be written"),
+    ],
+)
+def test_settings(tiny_pipelines, pictures, tmp_path, settings, message):
+    arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out", **settings)
+    refused(dti_fast(*arguments), message, tmp_path / "out")
+
+
+def test_missing_settings(tiny_pipelines, pictures):
+    model = tiny_pipelines["sd15"]
+    refused(dti_fast("train", "--pretrained_model_name_or_path", model), "--train_data_dir is missing")
+    refused(dti_fast("train", "--train_data_dir", pictures), "--initializer_token is missing")
+
+
+def test_config_file(pictures, tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text("max_train_step = 3\n")
+    refused(dti_fast("train", "--config", config), "max_train_step")
+    config.write_text("max_train_steps = \n")
+    assert dti_fast("train", "--config", config).returncode == 2
+    assert dti_fast("train", "--config", tmp_path / "missing.toml").returncode == 2
+
+
+def test_pictures(tiny_pipelines, tmp_path):
+    folder, out = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    (folder / ".hidden.png").write_bytes(b"x")
+    arguments = train_arguments(tiny_pipelines["sd15"], folder, out, max_train_steps=2)
+    refused(dti_fast(*arguments), "holds no pictures", out)
+    (folder / "zero.png").touch()
+    (folder / "corrupt.jpg").write_bytes(b"\xff\xd8\xff broken")
+    refused(dti_fast(*arguments), "broken: corrupt.jpg, zero.png", out)
+    write_pictures(folder, 1)
+    run = dti_fast(*arguments)
+    assert run.returncode == 0, run.stderr
+    assert "warning: skipping zero.png" in run.stderr
+    assert "warning: skipping corrupt.jpg" in run.stderr
+
+
+def test_captions_without_the_token(tiny_pipelines, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 1)
+    (folder / "0.txt").write_text("a dog on grass")
+    arguments = train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out")
+    refused(dti_fast(*arguments), "no caption contains the placeholder '<toy>'", tmp_path / "out")
+
+
+def test_caption_whose_token_is_cut_off(tiny_pipelines, tmp_path):
+    """Past the text encoder's window the token cannot learn: an error at once, not a silent success."""
+    folder = write_pictures(tmp_path / "pictures", 1)
+    (folder / "0.txt").write_text("dog " * 90 + "{}")
+    run = dti_fast(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out"))
+    refused(run, "no gradient has reached the embedding")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_placeholder_that_is_a_word(tiny_pipelines, pictures, tmp_path):
+    arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out", placeholder_token="dog")
+    refused(dti_fast(*arguments), "'dog' is a word of this model already", tmp_path / "out")
+
+
+def test_models(tiny_pipelines, pictures, tmp_path):
+    def run(model):
+        return dti_fast(*train_arguments(model, pictures, tmp_path / "out"))
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    refused(run(folder), "has no model_index.json", tmp_path / "out")
+    (folder / "model_index.json").write_text("{")
+    refused(run(folder), "is damaged", tmp_path / "out")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    refused(run(folder), "is a FluxPipeline", tmp_path / "out")
+    (folder / "model_index.json").write_text((tiny_pipelines["sd15"] / "model_index.json").read_text())
+    refused(run(folder), "cannot be loaded", tmp_path / "out")
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    refused(run(tmp_path / "model.ckpt"), "not a .safetensors file", tmp_path / "out")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    refused(run(tmp_path / "model.safetensors"), "model.safetensors", tmp_path / "out")
+    refused(run("some/model"), "cannot be loaded", tmp_path / "out")
+
+
+def test_nan_stops_and_keeps_the_last_good_state(tiny_pipelines, pictures, tmp_path):
+    poisoned = """
+import torch, dti_fast.trainer.loop as loop
+original, count = loop.diffusion_loss, 0
+def loss(*arguments):
+    global count
+    count += 1
+    return original(*arguments) * (torch.nan if count == 13 else 1)
+loop.diffusion_loss = loss
+from dti_fast.cli import main
+main()
+"""
+    arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out")
+    command = [sys.executable, "-c", poisoned, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    refused(run, "the loss was not finite at step 13")
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-000020.safetensors"]
+    assert not list((tmp_path / "out").glob("learned*"))
+
+
+def test_generate(tiny_pipelines, tmp_path):
+    refused(dti_fast("generate", "--embedding", tmp_path / "none.safetensors", "--prompt", "x"), "there is no file")
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 64)
+    refused(
+        dti_fast("generate", "--embedding", tmp_path / "bad.safetensors", "--prompt", "x"), "not a safetensors file"
+    )
+    assert dti_fast("generate").returncode == 2
+
+
+def test_without_the_training_packages(tmp_path):
+    """`dti-fast` on the base install says what to install."""
+    code = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'diffusers' else find(name, *a)\n"
+        "sys.argv = ['dti-fast', 'train']\n"
+        "from dti_fast.cli import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    refused(run, "pip install 'dti-fast[train]'")
+
+
+def test_bad_settings_are_found_before_diffusers_is_imported(pictures, tmp_path):
+    code = (
+        "import sys; sys.argv = ['dti-fast', 'train', '--train_data_dir', 'nowhere', '--initializer_token', 'dog']\n"
+        "from dti_fast.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    refused(run, "there is no folder")
+    assert not {"diffusers", "transformers"} & set(run.stdout.split())

@@ -1,0 +1,190 @@
+"""The training step: its formula, its draws, and that it never waits for the device."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dti_fast import SphericalSGD, TokenEmbedding, sphere
+from dti_fast.backbones.load import load_backbone
+from dti_fast.data.draws import Dataset, draw
+from dti_fast.errors import UserError
+from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.loop import diffusion_loss, learning_rates, train_step
+from dti_fast.trainer.monitor import Monitor
+
+
+def setup(folder, device="cpu", lr=0.04, prompts=("a photo of <x>", "<x> on grass")):
+    """A backbone with a concept, a random dataset of five pictures, an optimizer and a scaler."""
+    backbone = load_backbone(str(folder), torch.float32, torch.device("cpu"))
+    embeddings = [
+        TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog")
+        for text_encoder, tokenizer in zip(backbone.text_encoders, backbone.tokenizers, strict=True)
+    ]
+    generator = torch.Generator().manual_seed(1)
+    ids = [
+        t(list(prompts), padding="max_length", max_length=77, return_tensors="pt").input_ids
+        for t in backbone.tokenizers
+    ]
+    mean, std = torch.randn(2, 5, 4, 8, 8, generator=generator)
+    data = Dataset(mean, 0.1 * std.abs(), torch.tensor([[64, 64, 0, 0, 64, 64]] * 5), ids, False).to(device)
+    for module in backbone.modules():
+        module.to(device)
+    groups = [{"params": [e.directions], "mu": e.mu} for e in embeddings]
+    optimizer = SphericalSGD(groups, lr=torch.full((), lr, device=device), kappa=1e-4)
+    return backbone, data, embeddings, optimizer, torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_a_step_never_waits_for_the_device(tiny_pipelines, family):
+    """On the meta device `.item()` and `bool(tensor)` raise."""
+    backbone, data, embeddings, optimizer, scaler = setup(tiny_pipelines[family], "meta")
+    alphas, prediction_type = backbone.noise_schedule()
+    passes = [draw(data, 4, 1000, 0, i) for i in range(2)]
+    loss, failed = train_step(backbone, data, alphas.to("meta"), prediction_type, passes, embeddings, optimizer, scaler)
+    assert loss.device.type == failed.device.type == "meta"
+    assert all(e.directions.grad.shape == e.directions.shape for e in embeddings)
+
+
+def test_meta_device_would_catch_a_wait():
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.zeros(1, device="meta").item()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21"])
+def test_loss_agrees_with_the_diffusers_scheduler(tiny_pipelines, family):
+    from diffusers import DDPMScheduler
+
+    backbone, data, _, _, _ = setup(tiny_pipelines[family])
+    alphas, prediction_type = backbone.noise_schedule()
+    assert prediction_type == {"sd15": "epsilon", "sd21": "v_prediction"}[family]
+    draws = draw(data, 4, 1000, 3, 8)
+    scheduler = DDPMScheduler.from_config(backbone.pipeline.scheduler.config)
+    latents = data.mean[draws.picture] + data.std[draws.picture] * draws.posterior_noise
+    noisy = scheduler.add_noise(latents, draws.noise, draws.timestep)
+    target = draws.noise if family == "sd15" else scheduler.get_velocity(latents, draws.noise, draws.timestep)
+    hidden = backbone.text_encoders[0](data.prompt_ids[0][draws.prompt])[0]
+    expected = F.mse_loss(backbone.unet(noisy, draws.timestep, hidden).sample, target)
+    torch.testing.assert_close(diffusion_loss(backbone, data, alphas, prediction_type, draws), expected)
+
+
+def test_sdxl_conditions_equal_the_stock_pipelines(tiny_pipelines):
+    backbone, data, _, _, _ = setup(tiny_pipelines["sdxl"], prompts=("a photo of <x> on grass",))
+    ours = backbone.condition([i[:1] for i in data.prompt_ids], data.sizes[:1])
+    hidden, _, pooled, _ = backbone.pipeline.encode_prompt(
+        "a photo of <x> on grass", device="cpu", do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(ours["encoder_hidden_states"], hidden)
+    torch.testing.assert_close(ours["added_cond_kwargs"]["text_embeds"], pooled)
+
+
+def test_pooling_at_the_end_sees_words_after_the_placeholder(tiny_pipelines):
+    backbone, data, _, _, _ = setup(tiny_pipelines["sdxl"], prompts=("a <x> on grass", "a <x> on beach"))
+
+    def pooled():
+        return backbone.condition(data.prompt_ids, data.sizes[:2])["added_cond_kwargs"]["text_embeds"]
+
+    reference = pooled()
+    assert torch.equal(reference[0], reference[1])  # pooled at the placeholder: blind to what follows
+    backbone.set_pooling("reference")
+    assert torch.equal(pooled(), reference)
+    backbone.set_pooling("eos")
+    at_end = pooled()
+    assert (at_end[0] - at_end[1]).abs().max() > 1e-3
+
+
+def test_accumulation_is_the_mean_over_the_larger_batch(tiny_pipelines):
+    backbone, data, embeddings, optimizer, scaler = setup(tiny_pipelines["sd15"])
+    alphas, kind = backbone.noise_schedule()
+    passes = [draw(data, 4, 1000, 0, i) for i in range(2)]
+    losses = torch.stack([diffusion_loss(backbone, data, alphas, kind, d) for d in passes])
+    losses.mean().backward()
+    expected = embeddings[0].directions.grad.clone()
+    embeddings[0].directions.grad = None
+    total, _ = train_step(backbone, data, alphas, kind, passes, embeddings, optimizer, scaler)
+    torch.testing.assert_close(total, losses.mean().detach())
+    torch.testing.assert_close(embeddings[0].directions.grad, expected)
+
+
+def test_a_step_turns_by_arctan_of_the_rate_and_keeps_the_norm(tiny_pipelines):
+    backbone, data, embeddings, optimizer, scaler = setup(tiny_pipelines["sdxl"], lr=0.04)
+    alphas, kind = backbone.noise_schedule()
+    for step in range(3):
+        before = [e.directions.detach().double().clone() for e in embeddings]
+        train_step(backbone, data, alphas, kind, [draw(data, 2, 1000, 0, step)], embeddings, optimizer, scaler)
+        for e, v in zip(embeddings, before, strict=True):
+            angle = sphere.distance(v, e.directions.detach().double()).item()
+            assert angle == pytest.approx(math.atan(0.04), rel=1e-3)
+            assert e.directions.norm().item() == pytest.approx(1, abs=1e-6)
+            assert e.vectors().norm().item() == pytest.approx(e.magnitudes.item(), rel=1e-5)
+
+
+def test_nan_loss_moves_nothing_and_is_reported(tiny_pipelines, tmp_path):
+    backbone, data, embeddings, optimizer, scaler = setup(tiny_pipelines["sd15"])
+    alphas, kind = backbone.noise_schedule()
+    monitor = Monitor(tmp_path / "log.jsonl", embeddings, 0, 100, 4)
+    for step in range(1, 4):
+        if step == 2:
+            data.mean[0] = torch.nan
+        before = embeddings[0].directions.detach().clone()
+        every_picture = draw(data, 5, 1000, 0, step)
+        loss, failed = train_step(backbone, data, alphas, kind, [every_picture], embeddings, optimizer, scaler)
+        monitor.record(step, loss, failed)
+        assert torch.equal(before, embeddings[0].directions) == (step >= 2)
+    with pytest.raises(UserError, match="not finite at step 2"):
+        monitor.log(3, 0.04, tolerate_failures=False)
+
+
+def test_overflow_under_a_scaler_skips_exactly_one_update(tiny_pipelines):
+    backbone, data, embeddings, optimizer, _ = setup(tiny_pipelines["sd15"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    alphas, kind = backbone.noise_schedule()
+    handle, moved = None, []
+    for step in range(4):
+        if step == 2:
+            handle = embeddings[0].directions.register_hook(lambda g: g * torch.inf)
+        before = embeddings[0].directions.detach().clone()
+        train_step(backbone, data, alphas, kind, [draw(data, 2, 1000, 0, step)], embeddings, optimizer, scaler)
+        moved.append(not torch.equal(before, embeddings[0].directions))
+        if step == 2:
+            handle.remove()
+    assert moved == [True, True, False, True]
+    assert scaler.get_scale() == 2.0**9
+    assert optimizer.state[embeddings[0].directions]["step"].item() == 3
+
+
+def test_zero_gradient_is_an_error(tiny_pipelines, tmp_path):
+    backbone, data, embeddings, optimizer, scaler = setup(tiny_pipelines["sd15"], prompts=("a photo of dog",))
+    alphas, kind = backbone.noise_schedule()
+    monitor = Monitor(tmp_path / "log.jsonl", embeddings, 0, 100, 4)
+    loss, failed = train_step(backbone, data, alphas, kind, [draw(data, 2, 1000, 0, 0)], embeddings, optimizer, scaler)
+    monitor.record(1, loss, failed)
+    with pytest.raises(UserError, match="no gradient"):
+        monitor.log(1, 0.04, tolerate_failures=False)
+
+
+def test_draws_are_a_function_of_position_and_epochs_are_permutations(tiny_pipelines):
+    data = Dataset(torch.zeros(5, 4, 8, 8), torch.zeros(5, 4, 8, 8), torch.zeros(5, 6), [torch.zeros(9, 77)], False)
+    first, again, other = draw(data, 4, 1000, 1, 7), draw(data, 4, 1000, 1, 7), draw(data, 4, 1000, 1, 8)
+    assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
+    assert not torch.equal(first.noise, other.noise)
+    seen = torch.cat([draw(data, 4, 1000, 1, i).picture for i in range(5)])
+    assert all(sorted(epoch.tolist()) == [0, 1, 2, 3, 4] for epoch in seen.split(5))
+    with_captions = Dataset(data.mean, data.std, data.sizes, [torch.zeros(5, 77)], True)
+    captioned = draw(with_captions, 4, 1000, 1, 3)
+    assert torch.equal(captioned.prompt, captioned.picture)
+
+
+def test_learning_rates():
+    def rates(**settings):
+        return learning_rates(TrainConfig(max_train_steps=10, **settings)).tolist()
+
+    assert rates() == pytest.approx([0.04] * 10)
+    assert rates(learning_rate=0.01, scale_lr=True) == pytest.approx([0.04] * 10)
+    assert rates(lr_warmup_steps=3)[:4] == pytest.approx([0.01, 0.02, 0.03, 0.04])
+    cosine = rates(lr_scheduler="cosine")
+    assert cosine[0] == pytest.approx(0.04)
+    assert cosine[5] == pytest.approx(0.02)
+    assert all(a > b for a, b in pairwise(cosine))

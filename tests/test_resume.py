@@ -1,0 +1,106 @@
+"""Kill -9, resume, and the same embedding comes out bit for bit."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from runs import ENVIRONMENT, dti_fast, train_arguments
+from safetensors.torch import load_file
+
+STEPS = 120
+SETTINGS = {
+    "max_train_steps": STEPS,
+    "checkpointing_steps": 1,
+    "logging_steps": 7,
+    "beta": 0.5,
+    "lr_scheduler": "cosine",
+}
+DIES_WHILE_WRITING = """
+import os, signal, dti_fast.formats as formats
+write = formats.save_file
+def save_half(tensors, path, metadata):
+    write(tensors, path, metadata=metadata)
+    if "checkpoint-000017" in str(path):
+        os.truncate(path, 100)
+        os.kill(os.getpid(), signal.SIGKILL)
+formats.save_file = save_half
+from dti_fast.cli import main
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_pipelines, pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    run = dti_fast(*train_arguments(tiny_pipelines["sdxl"], pictures, out, **SETTINGS))
+    assert run.returncode == 0, run.stderr
+    return out
+
+
+def assert_same(out, unbroken):
+    for name in ("learned_embeds.safetensors", "learned_embeds_2.safetensors"):
+        assert torch.equal(load_file(out / name)["<toy>"], load_file(unbroken / name)["<toy>"])
+    steps = [line.split(",")[0] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == [line.split(",")[0] for line in (unbroken / "log.jsonl").read_text().splitlines()]
+
+
+def test_killed_at_random_moments(tiny_pipelines, pictures, tmp_path, unbroken):
+    arguments = train_arguments(tiny_pipelines["sdxl"], pictures, tmp_path, resume_from_checkpoint="latest", **SETTINGS)
+    rng, kills = random.Random(0), 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dti_fast.cli", *map(str, arguments)], env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        before = sorted((tmp_path / "checkpoints").glob("*.safetensors"))
+        while process.poll() is None and sorted((tmp_path / "checkpoints").glob("*.safetensors")) == before:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.6))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if kills == 2:
+            break
+    assert kills >= 1
+    run = dti_fast(*arguments)
+    assert run.returncode == 0, run.stderr
+    assert "resuming after step" in run.stderr
+    assert_same(tmp_path, unbroken)
+
+
+def test_killed_while_writing_a_checkpoint(tiny_pipelines, pictures, tmp_path, unbroken):
+    arguments = train_arguments(tiny_pipelines["sdxl"], pictures, tmp_path, resume_from_checkpoint="latest", **SETTINGS)
+    command = [sys.executable, "-c", DIES_WHILE_WRITING, *map(str, arguments)]
+    assert subprocess.run(command, env=ENVIRONMENT, capture_output=True).returncode == -signal.SIGKILL
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"checkpoint-0000{i}.safetensors" for i in (14, 15, 16)] + ["checkpoint-000017.safetensors.tmp"]
+    assert all(p.stat().st_size < 16_384 for p in (tmp_path / "checkpoints").iterdir())
+    run = dti_fast(*arguments)
+    assert run.returncode == 0, run.stderr
+    assert "resuming after step 16" in run.stderr
+    assert_same(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ("sdxl", {"seed": 1}, "other settings: seed (was 42)"),
+        ("sd15", {}, "made with another model"),
+        ("sdxl", {"resume_from_checkpoint": "missing.safetensors"}, "no checkpoint 'missing.safetensors'"),
+        ("sdxl", {"resume_from_checkpoint": "learned_embeds.safetensors"}, "is no checkpoint of a dti-fast run"),
+    ],
+)
+def test_foreign_checkpoints_are_refused(tiny_pipelines, pictures, tmp_path, unbroken, model, settings, message):
+    source = unbroken / "checkpoints" / f"checkpoint-{STEPS:06d}.safetensors"
+    settings = {"resume_from_checkpoint": source, **SETTINGS, **settings}
+    if settings["resume_from_checkpoint"] == "learned_embeds.safetensors":
+        settings["resume_from_checkpoint"] = unbroken / "learned_embeds.safetensors"
+    run = dti_fast(*train_arguments(tiny_pipelines[model], pictures, tmp_path / "out", **settings))
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors"))
