@@ -12,8 +12,10 @@ Bytes: p, grad, mu read once and p written once, the least possible: for float32
 """
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -132,3 +134,24 @@ def _arguments(
         *p.shape,
         kappa, beta, 1 - beta, math.log(beta) if beta > 0 else 0.0, eps,
     )  # fmt: skip
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Launches on meta tensors for `dti_fast.kernels._aot`, by name."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for K, D in ((4, 768), (4, 1280), (4, 2048), (4, 4096), (4, 8192), (100_000, 64)):
+        p, one = empty(K, D), empty()
+        yield (
+            f"K={K} D={D}, fp32, no prior",
+            lambda p=p, one=one: sphere_step_(p, p, None, None, one, one, kappa=0.0, beta=0.0, eps=1e-8),
+        )
+        gradient, moment = empty(K, D, dtype=torch.bfloat16), empty(K, 1)
+        yield (
+            f"K={K} D={D}, bf16 gradient, every option",
+            lambda p=p, one=one, gradient=gradient, moment=moment: sphere_step_(
+                p, gradient, p, moment, one, one, kappa=1e-4, beta=0.9, eps=1e-8, grad_scale=one, found_inf=one
+            ),
+        )

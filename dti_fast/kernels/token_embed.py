@@ -12,6 +12,8 @@ Bytes: forward one row in and one row out a position, the least possible; backwa
 learned id and `[K, D]` out, besides `8 N` for the ids, read by every program.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -47,9 +49,7 @@ def _token_embed_kernel(
     known = inside & (token >= 0) & (token < V) & ~learned
     magnitude = tl.load(magnitudes_ptr + k * magnitudes_row, mask=learned, other=0.0)
     direction = tl.load(directions_ptr + k * directions_row + column * directions_column, mask=learned, other=0.0)
-    word = tl.load(
-        vocabulary_ptr + token * vocabulary_row + column * vocabulary_column, mask=known, other=float("nan")
-    )
+    word = tl.load(vocabulary_ptr + token * vocabulary_row + column * vocabulary_column, mask=known, other=float("nan"))
     row = tl.where(learned, (magnitude * direction).to(word.dtype), word)
     tl.store(out_ptr + position * D + column, row, mask=inside)
 
@@ -108,3 +108,19 @@ def token_embed_backward(grad, ids, magnitudes, first_id: int) -> Tensor:
         POSITIONS=32, COLUMNS=columns, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Launches on meta tensors for `dti_fast.kernels._aot`, by name."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    V, K = 49408, 4
+    ids, magnitudes = empty(4, 77, dtype=torch.int64), empty(K, 1)
+    for D in (768, 1280, 2048, 4096):
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"B=4 S=77 D={D}, {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+            vocabulary, directions, grad = empty(V, D, dtype=dtype), empty(K, D), empty(4, 77, D, dtype=dtype)
+            yield f"forward {name}", lambda v=vocabulary, d=directions: token_embed(ids, v, d, magnitudes, V)
+            yield f"backward {name}", lambda g=grad: token_embed_backward(g, ids, magnitudes, V)

@@ -1,0 +1,47 @@
+"""Every launch of the Triton kernels compiled for real GPUs, none of which need be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TARGETS = (80, 86, 89, 90, 120)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Compiled in a process of its own, because this one may have loaded Triton as an interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json"]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_every_launch_compiles_for_every_target(kernels):
+    cases = {(kernel["op"], kernel["case"]) for kernel in kernels}
+    for D in (768, 1280, 2048):
+        for op in ("sphere_step", "token_embed"):
+            assert any(name == op and f"D={D}," in case for name, case in cases)
+    assert sorted((*case, target) for case in cases for target in TARGETS) == sorted(
+        (kernel["op"], kernel["case"], kernel["target"]) for kernel in kernels
+    )
+
+
+def test_no_spills(kernels):
+    assert not [kernel for kernel in kernels if kernel["spilled"]]
+
+
+def test_no_float64(kernels):
+    assert not [kernel for kernel in kernels if kernel["f64"]]
+
+
+def test_sixteen_bytes_an_access(kernels):
+    """All these rows are multiples of 16 elements at aligned addresses."""
+    assert not [kernel for kernel in kernels if "ld.global.v4.b32" not in kernel["accesses"]]
+    writers = [kernel for kernel in kernels if "backward" not in kernel["case"]]
+    assert not [kernel for kernel in writers if "st.global.v4.b32" not in kernel["accesses"]]
