@@ -30,7 +30,8 @@ class TokenEmbedding(nn.Module):
     def __init__(self, vocabulary: nn.Module, directions: Tensor, magnitudes: Tensor, first_id: int, tokens: list[str]):
         super().__init__()
         self.vocabulary = vocabulary
-        self.directions = nn.Parameter(directions.clone())
+        # A list, so that the vocabulary's parameters come first: libraries take a model's dtype from its first one.
+        self.learned = nn.ParameterList([nn.Parameter(directions.clone())])
         self.register_buffer("magnitudes", magnitudes)
         self.register_buffer("mu", directions)
         self.first_id = first_id
@@ -86,6 +87,19 @@ class TokenEmbedding(nn.Module):
             raise RuntimeError("another embedding was installed after this one; uninstall that first")
         text_encoder.set_input_embeddings(self.vocabulary)
         tokenizer._tokenizer = backend
+
+    @property
+    def directions(self) -> nn.Parameter:
+        return self.learned[0]
+
+    def _apply(self, fn, recurse=True):
+        """Follow the model to another device, but stay float32 when it changes its dtype."""
+        masters = self.directions.data, self.magnitudes, self.mu
+        super()._apply(fn, recurse)
+        if self.directions.dtype != torch.float32:
+            device = self.directions.device
+            self.directions.data, self.magnitudes, self.mu = (master.to(device) for master in masters)
+        return self
 
     @property
     def placeholder(self) -> str:

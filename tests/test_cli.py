@@ -99,3 +99,27 @@ def test_real_vocabulary_captions_and_config_file(pictures, tmp_path):
     assert again.returncode == 0, again.stderr
     repeated = load_file(tmp_path / "again" / "toy.safetensors")
     assert all(torch.equal(learned[k], repeated[k]) for k in learned)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision(tiny_pipelines, pictures, tmp_path, precision):
+    """A frozen model in 16 bits; the direction stays float32 and its norm exact."""
+    run = dti_fast(
+        *train_arguments(
+            tiny_pipelines["sdxl"],
+            pictures,
+            tmp_path,
+            max_train_steps=10,
+            mixed_precision=precision,
+            num_vectors=2,
+            num_validation_images=1,
+            validation_prompt="a {}",
+        )  # fmt: skip
+    )
+    assert run.returncode == 0, run.stderr
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    for name, magnitude, angle in zip(TWO_ENCODERS, last["magnitude"], last["angle_degrees"], strict=False):
+        learned = load_file(tmp_path / name)["<toy>"]
+        assert learned.dtype == torch.float32
+        torch.testing.assert_close(learned.norm(dim=-1), torch.full((2,), magnitude), rtol=1e-5, atol=0)
+        assert angle > 1

@@ -99,7 +99,11 @@ def test_bfloat16_model_keeps_a_float32_direction(encoder):
     text_encoder, tokenizer = encoder
     text_encoder.to(torch.bfloat16)
     embedding = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog")
-    assert embedding.directions.dtype == torch.float32
+    master = embedding.directions.detach().clone()
+    text_encoder.to(torch.float16).to(torch.bfloat16)
+    assert text_encoder.dtype == torch.bfloat16
+    assert torch.equal(embedding.directions, master)
+    assert {t.dtype for t in (embedding.directions, embedding.magnitudes, embedding.mu)} == {torch.float32}
     assert embedding(torch.tensor([[embedding.first_id]])).dtype == torch.bfloat16
     assert embedding.directions.data.norm(dim=-1).sub(1).abs().max() < 1e-6
 

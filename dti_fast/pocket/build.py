@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -28,6 +29,7 @@ from dti_fast.backbones.clip_vocabulary import write_clip_vocabulary
 from dti_fast.pocket import world
 
 SEED = 7
+CONCEPT = 2  # the unseen creature of the bundled example
 BATCH = 64
 TEXT_LENGTH = 32
 TEXT_WIDTH = 128
@@ -352,10 +354,18 @@ def export(out: Path, tokenizer, text_encoder, vae, unet) -> None:
     os.replace(temporary, out)
 
 
+def draw_concept(folder: Path, creature: world.Creature, seed: int = 0) -> None:
+    """Five photos of a creature in five places: the pictures that a concept is learned from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    for i, place in enumerate((None, *world.PLACES[:4])):
+        Image.fromarray(world.render(world.Scene(creature, place=place), rng)).save(folder / f"{i}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures and checkpoints")
-    parser.add_argument("--out", type=Path, help="the finished model (default: WORK/model)")
+    parser.add_argument("--out", type=Path, help="folder for the finished model and the example concept (default: WORK)")
     parser.add_argument("--pictures", type=int, default=100_000)
     parser.add_argument("--autoencoder_steps", type=int, default=2400)
     parser.add_argument("--denoiser_steps", type=int, default=5000)
@@ -368,7 +378,9 @@ def main() -> None:
     vae = train_autoencoder(work, pictures, arguments.autoencoder_steps)
     latents = make_latents(work, vae, pictures)
     text_encoder, unet = train_denoiser(work, latents, captions, tokenizer, arguments.denoiser_steps)
-    export(arguments.out or work / "model", tokenizer, text_encoder, vae, unet)
+    out = arguments.out or work
+    export(out / "model", tokenizer, text_encoder, vae, unet)
+    draw_concept(out / "concept", world.unseen(CONCEPT))
 
 
 if __name__ == "__main__":

@@ -33,11 +33,22 @@ def generate(
 ) -> list[Image.Image]:
     """`count` pictures of `prompt`; picture i depends on seed + i alone, not on the device."""
     extra = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-    pictures = []
+    vae, pictures = pipeline.vae, []
     for i in range(count):
         generator = torch.Generator().manual_seed(seed + i)
-        result = pipeline(prompt, num_inference_steps=steps, generator=generator, height=size, width=size, **extra)
-        pictures += result.images
+        latents = pipeline(
+            prompt,
+            num_inference_steps=steps,
+            generator=generator,
+            height=size,
+            width=size,
+            output_type="latent",
+            **extra,
+        ).images
+        # Decoded here, since the VAE may have another dtype than the rest of the pipeline.
+        with torch.no_grad():
+            decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        pictures += pipeline.image_processor.postprocess(decoded.float())
     return pictures
 
 
