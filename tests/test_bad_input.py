@@ -82,7 +82,7 @@ def test_caption_whose_token_is_cut_off(tiny_pipelines, tmp_path):
     folder = write_pictures(tmp_path / "pictures", 1)
     (folder / "0.txt").write_text("dog " * 90 + "{}")
     run = dti_fast(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out"))
-    refused(run, "no gradient has reached the embedding")
+    refused(run, "no gradient has reached the embedding")  # after the run began, so there is a folder
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

@@ -11,7 +11,9 @@ import torch
 from runs import ENVIRONMENT, dti_fast, train_arguments
 from safetensors.torch import load_file
 
-STEPS = 120
+from dti_fast.formats import read_tensors, write_tensors
+
+STEPS = 60
 SETTINGS = {
     "max_train_steps": STEPS,
     "checkpointing_steps": 1,
@@ -35,42 +37,44 @@ main()
 
 @pytest.fixture(scope="module")
 def unbroken(tiny_pipelines, pictures, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unbroken")
-    run = dti_fast(*train_arguments(tiny_pipelines["sdxl"], pictures, out, **SETTINGS))
-    assert run.returncode == 0, run.stderr
-    return out
+    """Output folders of runs that nobody killed, one for each family."""
+    folders = {}
+    for family, pipeline in tiny_pipelines.items():
+        folders[family] = tmp_path_factory.mktemp("unbroken")
+        run = dti_fast(*train_arguments(pipeline, pictures, folders[family], **SETTINGS))
+        assert run.returncode == 0, run.stderr
+    return folders
 
 
 def assert_same(out, unbroken):
-    for name in ("learned_embeds.safetensors", "learned_embeds_2.safetensors"):
-        assert torch.equal(load_file(out / name)["<toy>"], load_file(unbroken / name)["<toy>"])
+    files = sorted(unbroken.glob("*.safetensors"))
+    assert files
+    for file in files:
+        ours, theirs = load_file(out / file.name), load_file(file)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     steps = [line.split(",")[0] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == [line.split(",")[0] for line in (unbroken / "log.jsonl").read_text().splitlines()]
 
 
-def test_killed_at_random_moments(tiny_pipelines, pictures, tmp_path, unbroken):
-    arguments = train_arguments(tiny_pipelines["sdxl"], pictures, tmp_path, resume_from_checkpoint="latest", **SETTINGS)
-    rng, kills = random.Random(0), 0
-    for _ in range(4):
+@pytest.mark.parametrize(("family", "kills"), [("sd15", 1), ("sd21", 1), ("sdxl", 2)])
+def test_killed_at_random_moments(tiny_pipelines, pictures, tmp_path, unbroken, family, kills):
+    arguments = train_arguments(tiny_pipelines[family], pictures, tmp_path, resume_from_checkpoint="latest", **SETTINGS)
+    rng = random.Random(family)
+    for _ in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-m", "dti_fast.cli", *map(str, arguments)], env=ENVIRONMENT,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         before = sorted((tmp_path / "checkpoints").glob("*.safetensors"))
         while process.poll() is None and sorted((tmp_path / "checkpoints").glob("*.safetensors")) == before:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.6))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        if kills == 2:
-            break
-    assert kills >= 1
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL  # it had not come to its end
     run = dti_fast(*arguments)
     assert run.returncode == 0, run.stderr
     assert "resuming after step" in run.stderr
-    assert_same(tmp_path, unbroken)
+    assert_same(tmp_path, unbroken[family])
 
 
 def test_killed_while_writing_a_checkpoint(tiny_pipelines, pictures, tmp_path, unbroken):
@@ -83,7 +87,7 @@ def test_killed_while_writing_a_checkpoint(tiny_pipelines, pictures, tmp_path, u
     run = dti_fast(*arguments)
     assert run.returncode == 0, run.stderr
     assert "resuming after step 16" in run.stderr
-    assert_same(tmp_path, unbroken)
+    assert_same(tmp_path, unbroken["sdxl"])
 
 
 @pytest.mark.parametrize(
@@ -96,11 +100,20 @@ def test_killed_while_writing_a_checkpoint(tiny_pipelines, pictures, tmp_path, u
     ],
 )
 def test_foreign_checkpoints_are_refused(tiny_pipelines, pictures, tmp_path, unbroken, model, settings, message):
-    source = unbroken / "checkpoints" / f"checkpoint-{STEPS:06d}.safetensors"
+    source = unbroken["sdxl"] / "checkpoints" / f"checkpoint-{STEPS:06d}.safetensors"
     settings = {"resume_from_checkpoint": source, **SETTINGS, **settings}
     if settings["resume_from_checkpoint"] == "learned_embeds.safetensors":
-        settings["resume_from_checkpoint"] = unbroken / "learned_embeds.safetensors"
+        settings["resume_from_checkpoint"] = unbroken["sdxl"] / "learned_embeds.safetensors"
     run = dti_fast(*train_arguments(tiny_pipelines[model], pictures, tmp_path / "out", **settings))
     assert run.returncode == 2
     assert message in run.stderr
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_method_is_refused(tiny_pipelines, pictures, tmp_path, unbroken):
+    tensors, header = read_tensors(unbroken["sdxl"] / "checkpoints" / f"checkpoint-{STEPS:06d}.safetensors")
+    write_tensors(tensors, tmp_path / "ti.safetensors", {**header, "method": "ti"})
+    settings = {"resume_from_checkpoint": tmp_path / "ti.safetensors", **SETTINGS}
+    run = dti_fast(*train_arguments(tiny_pipelines["sdxl"], pictures, tmp_path / "out", **settings))
+    assert run.returncode == 2
+    assert "a checkpoint of the method 'ti'" in run.stderr

@@ -296,7 +296,7 @@ def train_denoiser(work: Path, latents: torch.Tensor, captions: list[str], token
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
     run = Training(work / "denoiser.safetensors", {"unet": unet, "text": text_encoder}, optimizer, 0.999)
     ids = tokenizer(
-        ["", *captions], padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+        ["", *captions[: len(latents)]], padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
     ).input_ids
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
     channels = unet.config.in_channels
@@ -365,10 +365,13 @@ def draw_concept(folder: Path, creature: world.Creature, seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures and checkpoints")
-    parser.add_argument("--out", type=Path, help="folder for the finished model and the example concept (default: WORK)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the finished model and the example concept (default: WORK)"
+    )
     parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--denoiser_pictures", type=int, default=60_000, help="how many of them the denoiser sees")
     parser.add_argument("--autoencoder_steps", type=int, default=2400)
-    parser.add_argument("--denoiser_steps", type=int, default=5000)
+    parser.add_argument("--denoiser_steps", type=int, default=4000)
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
@@ -376,7 +379,7 @@ def main() -> None:
     tokenizer = build_tokenizer(work / "tokenizer")
     tokenizer.source_folder = work / "tokenizer"
     vae = train_autoencoder(work, pictures, arguments.autoencoder_steps)
-    latents = make_latents(work, vae, pictures)
+    latents = make_latents(work, vae, pictures[: arguments.denoiser_pictures])
     text_encoder, unet = train_denoiser(work, latents, captions, tokenizer, arguments.denoiser_steps)
     out = arguments.out or work
     export(out / "model", tokenizer, text_encoder, vae, unet)

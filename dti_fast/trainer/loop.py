@@ -128,8 +128,6 @@ def train(config: TrainConfig) -> Result:
         )
         for text_encoder, tokenizer in zip(backbone.text_encoders, backbone.tokenizers, strict=True)
     ]  # fmt: skip
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / "config.toml").write_text(config.to_toml())
 
     with console.status("encoding the pictures"):
         pixels, sizes = load_pictures(pictures, config.resolution or backbone.default_resolution())
@@ -157,19 +155,16 @@ def train(config: TrainConfig) -> Result:
     if checkpoint is not None:
         step = load_checkpoint(checkpoint, config, fingerprint, embeddings, optimizer, scaler)
         console.print(f"resuming after step {step}")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    (config.output_dir / "config.toml").write_text(config.to_toml())
 
     log_path = config.output_dir / "log.jsonl"
     with Monitor(log_path, embeddings, step, config.max_train_steps, config.samples_per_step) as monitor:
         while step < config.max_train_steps:
             lr.copy_(device_rates[step])
+            first_pass = step * config.gradient_accumulation_steps
             passes = [
-                draw(
-                    data,
-                    config.train_batch_size,
-                    len(alphas),
-                    config.seed,
-                    step * config.gradient_accumulation_steps + i,
-                )
+                draw(data, config.train_batch_size, len(alphas), config.seed, first_pass + i)
                 for i in range(config.gradient_accumulation_steps)
             ]
             loss, failed = train_step(backbone, data, alphas, prediction_type, passes, embeddings, optimizer, scaler)
