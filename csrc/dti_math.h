@@ -71,8 +71,8 @@ struct SphereStep {
         eps(static_cast<float>(eps)) {}
 };
 
-// Gradient of loss and prior: g / scale - kappa mu.
-DTI_HD float with_prior(float g, float grad_scale, float kappa, float mu) { return g / grad_scale - kappa * mu; }
+// Gradient of loss and prior.
+DTI_HD float with_prior(float g, float inverse_scale, float kappa, float mu) { return g * inverse_scale - kappa * mu; }
 
 // One Riemannian step of the row p, [D], along the gradient g, [D], which is overwritten:
 //
@@ -94,8 +94,8 @@ DTI_HD bool sphere_step(const Team& team, float* p, float* g, float& nu, const S
   }
   const float pace = lr / (sqrtf(nu_hat) + o.eps);
   team.each([&](int64_t i) { p[i] -= pace * g[i]; });
-  const float length = sqrtf(team.sum([&](int64_t i) { return p[i] * p[i]; }));
-  team.each([&](int64_t i) { p[i] /= length; });
+  const float inverse_length = 1 / sqrtf(team.sum([&](int64_t i) { return p[i] * p[i]; }));
+  team.each([&](int64_t i) { p[i] *= inverse_length; });
   return norm_squared != 0;
 }
 

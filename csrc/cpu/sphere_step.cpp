@@ -10,6 +10,20 @@
 namespace dti_fast {
 namespace {
 
+// Calls f with the row, as a pointer where its elements are neighbours: such loops the compiler can vectorise.
+template <class F>
+void with_pointer(const Row& row, F f) {
+  if (row.stride != 1) return f(row);
+  switch (row.dtype) {
+    case ScalarType::BFloat16:
+      return f(static_cast<const BFloat16*>(row.data));
+    case ScalarType::Half:
+      return f(static_cast<const Half*>(row.data));
+    default:
+      return f(static_cast<const float*>(row.data));
+  }
+}
+
 struct OneThread {
   int64_t D;
 
@@ -47,7 +61,8 @@ void sphere_step_(
   if (found_inf && *floats(found_inf) != 0) return;
   const int64_t K = p.size(0), D = p.size(1);
   const SphereStep options(kappa, beta, eps);
-  const float rate = *floats(lr), count = *floats(step), scale = grad_scale ? *floats(grad_scale) : 1.0f;
+  const float rate = *floats(lr), count = *floats(step);
+  const float inverse_scale = grad_scale ? 1 / *floats(grad_scale) : 1.0f;
   const bool prior = mu && kappa != 0;
   const Row grad_row = first_row(grad), mu_row = prior ? first_row(*mu) : Row{};
   const int64_t p_stride = p.stride(0), p_column = p.stride(1), grad_stride = grad.stride(0);
@@ -62,15 +77,21 @@ void sphere_step_(
     const OneThread team{D};
     for (int64_t k = begin; k < end; ++k) {
       float* const home = p_data + k * p_stride;
-      const Row from = grad_row.at(k, grad_stride), mean = mu_row.at(k, mu_stride);
-      team.each([&](int64_t i) { row[i] = home[i * p_column]; });
-      if (prior)
-        team.each([&](int64_t i) { g[i] = with_prior(from[i], scale, options.kappa, mean[i]); });
-      else
-        team.each([&](int64_t i) { g[i] = from[i] / scale; });
+      with_pointer({home, p_column, ScalarType::Float}, [&](auto from) {
+        team.each([&](int64_t i) { row[i] = from[i]; });
+      });
+      with_pointer(grad_row.at(k, grad_stride), [&](auto from) {
+        if (!prior) return team.each([&](int64_t i) { g[i] = with_prior(from[i], inverse_scale, 0, 0); });
+        with_pointer(mu_row.at(k, mu_stride), [&](auto mean) {
+          team.each([&](int64_t i) { g[i] = with_prior(from[i], inverse_scale, options.kappa, mean[i]); });
+        });
+      });
       float unused = 0;
       float& nu = nu_data ? nu_data[k * nu_stride] : unused;
-      if (sphere_step(team, row, g, nu, options, rate, count))
+      if (!sphere_step(team, row, g, nu, options, rate, count)) continue;
+      if (p_column == 1)
+        std::copy(row, row + D, home);
+      else
         team.each([&](int64_t i) { home[i * p_column] = row[i]; });
     }
   });

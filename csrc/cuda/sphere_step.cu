@@ -57,13 +57,13 @@ __global__ void sphere_step_kernel(const Arguments a) {
   const int64_t k = blockIdx.x;
   float* const home = a.p + k * a.p_stride;
   const Row grad = a.grad.at(k, a.grad_stride), mu = a.mu.at(k, a.mu_stride);
-  const float scale = a.grad_scale ? *a.grad_scale : 1.0f;
+  const float inverse_scale = a.grad_scale ? 1 / *a.grad_scale : 1.0f;
   float p[N], g[N];
   const Block<N> team{warps};
   team.each([&](int64_t i) {
     const int64_t d = threadIdx.x + i * blockDim.x;
     p[i] = d < a.D ? home[d * a.p_column] : 0.0f;
-    g[i] = d < a.D ? with_prior(grad[d], scale, a.options.kappa, a.mu.data ? mu[d] : 0.0f) : 0.0f;
+    g[i] = d < a.D ? with_prior(grad[d], inverse_scale, a.options.kappa, a.mu.data ? mu[d] : 0.0f) : 0.0f;
   });
   float nu = a.nu ? a.nu[k * a.nu_stride] : 0.0f;
   const bool moved = sphere_step(team, p, g, nu, a.options, *a.lr, *a.step);
