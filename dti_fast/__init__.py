@@ -6,6 +6,7 @@ Importing this costs torch alone; whatever needs diffusers or transformers is im
 import importlib
 
 from dti_fast import ops, sphere
+from dti_fast.ops import backends
 from dti_fast.optim import SphericalSGD
 from dti_fast.tokens import TokenEmbedding
 
@@ -17,7 +18,7 @@ _LAZY = {
     "TrainConfig": "dti_fast.trainer.config",
 }
 
-__all__ = ["SphericalSGD", "TokenEmbedding", "load_embedding", "ops", "sphere", "train", "TrainConfig"]
+__all__ = ["SphericalSGD", "TokenEmbedding", "load_embedding", "ops", "sphere", "train", "TrainConfig", "backends"]
 
 
 def __getattr__(name: str):

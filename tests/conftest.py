@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process for each core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
