@@ -30,9 +30,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from cyclopts import CycloptsError
+
     try:
-        _app().meta()
-    except UserError as error:
+        _app().meta(exit_on_error=False, print_error=False)
+    except (UserError, CycloptsError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -44,7 +46,7 @@ def _fail(message: str) -> None:
 
 
 def _app():
-    from cyclopts import App, CycloptsError, Parameter
+    from cyclopts import App, Parameter
     from cyclopts.config import Toml
     from cyclopts.types import ExistingFile
 
@@ -66,10 +68,7 @@ def _app():
     ):
         if config is not None:
             app.config = Toml(config, use_commands_as_keys=False)
-        try:
-            return app(tokens, exit_on_error=False, print_error=False)
-        except CycloptsError as error:
-            _fail(str(error))
+        return app(tokens, exit_on_error=False, print_error=False)
 
     @app.command
     def train(*, config: Annotated[TrainConfig | None, Parameter(name="*")] = None):
