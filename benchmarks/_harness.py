@@ -191,3 +191,12 @@ def append(path: Path, rows: list[dict]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def update_section(path: Path, heading: str, body: str) -> None:
+    """Replace what stands under `## heading` in a Markdown file, up to the next heading of that level."""
+    before, mark, after = path.read_text().partition(f"## {heading}\n")
+    if not mark:
+        sys.exit(f"{path} has no section {heading!r}")
+    _, following, rest = after.partition("\n## ")
+    path.write_text(f"{before}{mark}\n{body}\n{following}{rest}")

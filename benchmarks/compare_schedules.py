@@ -1,8 +1,10 @@
 """Constant or cosine learning rate?  DTI on unseen pocket creatures: `python -m benchmarks.compare_schedules`.
 
-The measure is the denoising loss on pictures of the same creature in places that training did not show,
-named in the prompt, with the same noise for everyone: lower means that the word stands for the creature
-and still lets the prompt choose the place.
+Every creature is learned from photos in five places and then drawn in four others, named in the prompt.
+Measured are the denoising loss on true pictures in those places (the same noise for everyone) and what is
+recognised in the drawn ones: the creature (identity: the share of 30 strangers that fit worse, 50 % is
+chance; features: the share of its six features that are right) and the place that the prompt asked for.
+The initial word, and a description of the creature in words that the model knows, stand beside them.
 """
 
 import argparse
@@ -13,51 +15,76 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
-from dti_fast import sphere
 from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.data.draws import Dataset, Draws
 from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments
-from dti_fast.formats import load_embedding, read_embeddings
+from dti_fast.formats import load_embedding
 from dti_fast.pocket import world
 from dti_fast.pocket.build import draw_concept
+from dti_fast.pocket.recognise import recognise
 from dti_fast.trainer.config import TrainConfig
 from dti_fast.trainer.loop import diffusion_loss, train
 
 HELD_OUT_PLACES = world.PLACES[4:]
 NOISES = 64
+MEASURES = ("loss", "identity", "features", "place")
+SCHEDULES = ("constant", "cosine")
 
 
-def held_out_loss(creature: world.Creature, subject: str, embedding: Path | None, folder: Path) -> float:
-    """Mean loss for `creature` in the held-out places, called `subject`."""
+def held_out_data(backbone, scenes: list[world.Scene], prompts: list[str], folder: Path) -> Dataset:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(1)
+    for i, scene in enumerate(scenes):
+        Image.fromarray(world.render(scene, rng)).save(folder / f"{i}.png")
+    pixels, sizes = load_pictures(find_pictures(folder), world.SIZE)
+    tokenizer = backbone.tokenizers[0]
+    ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    return Dataset(*encode_moments(backbone.vae, pixels), sizes, [ids], True)
+
+
+@torch.no_grad()
+def measure(creature: world.Creature, subject: str, embedding: Path | None, folder: Path) -> dict[str, float]:
+    """`MEASURES` for `creature` in the held-out places, called `subject`."""
     backbone = load_backbone(POCKET, torch.float32, torch.device("cpu"))
     if embedding is not None:
         load_embedding(backbone.pipeline, embedding)
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(1)
-    for place in HELD_OUT_PLACES:
-        Image.fromarray(world.render(world.Scene(creature, place=place), rng)).save(folder / f"{place}.png")
-    pictures = find_pictures(folder)
-    pixels, sizes = load_pictures(pictures, world.SIZE)
-    mean, std = encode_moments(backbone.vae, pixels)
-    tokenizer = backbone.tokenizers[0]
-    prompts = [world.prompt("a photo of a {}", subject, place=p.path.stem) for p in pictures]
-    ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-    data = Dataset(mean, std, sizes, [ids], True)
+    scenes = [world.Scene(creature, place=place) for place in HELD_OUT_PLACES]
+    prompts = [world.prompt("a photo of a {}", subject, place=place) for place in HELD_OUT_PLACES]
+    data = held_out_data(backbone, scenes, prompts, folder)
     alphas, kind = backbone.noise_schedule()
     losses = []
-    with torch.no_grad():
-        for i in range(len(pictures)):
-            generator = torch.Generator().manual_seed(i)
-            which = torch.full((NOISES,), i)
-            noises = torch.randn(2, NOISES, *mean.shape[1:], generator=generator)
-            timesteps = torch.linspace(0, 999, NOISES).long()
-            draws = Draws(which, which, timesteps, *noises)
-            losses.append(diffusion_loss(backbone, data, alphas, kind, draws).item())
-    return statistics.mean(losses)
+    for i in range(len(scenes)):
+        noises = torch.randn(2, NOISES, *data.mean.shape[1:], generator=torch.Generator().manual_seed(i))
+        which = torch.full((NOISES,), i)
+        draws = Draws(which, which, torch.linspace(0, 999, NOISES).long(), *noises)
+        losses.append(diffusion_loss(backbone, data, alphas, kind, draws).item())
+    generator = torch.Generator().manual_seed(0)
+    drawn = backbone.pipeline(
+        prompts * 2, num_inference_steps=25, guidance_scale=4.0, generator=generator, output_type="np"
+    ).images
+    pictures = (drawn * 255).round().astype(np.uint8)
+    seen = [recognise(picture, scene) for picture, scene in zip(pictures, scenes * 2, strict=True)]
+    return {"loss": statistics.mean(losses)} | {m: statistics.mean(r[m] for r in seen) for m in MEASURES[1:]}
+
+
+def learn(folder: Path, schedule: str, steps: int) -> Path:
+    """Train on the pictures in `folder` / "pictures"; returns the output folder."""
+    out = folder / schedule
+    settings = {"lr_scheduler": schedule, "max_train_steps": steps, "num_validation_images": 0, "output_dir": out}
+    train(
+        TrainConfig(
+            pretrained_model_name_or_path=POCKET,
+            train_data_dir=folder / "pictures",
+            initializer_token="creature",
+            **settings,
+        )
+    )
+    return out
 
 
 def main() -> None:
@@ -67,41 +94,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/schedules.json"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = []
+    rows: dict[str, list[dict[str, float]]] = {}
     for number in range(100, 100 + arguments.creatures):
         creature = world.unseen(number)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             draw_concept(folder / "pictures", creature)
-            row = {"creature": number, "creature (word)": held_out_loss(creature, "creature", None, folder / "held")}
-            row["description"] = held_out_loss(creature, creature.description(), None, folder / "held")
-            for schedule in ("constant", "cosine"):
-                result = train(
-                    TrainConfig(
-                        pretrained_model_name_or_path=POCKET,
-                        train_data_dir=folder / "pictures",
-                        initializer_token="creature",
-                        lr_scheduler=schedule,
-                        max_train_steps=arguments.steps,
-                        num_validation_images=0,
-                        output_dir=folder / schedule,
-                    )
-                )
-                row[schedule] = held_out_loss(creature, result.placeholder, folder / schedule, folder / "held")
-            learned = [read_embeddings(folder / s)[0][0] for s in ("constant", "cosine")]
-            unit = [v / v.norm(dim=-1, keepdim=True) for v in learned]
-            row["degrees apart"] = sphere.distance(*unit).rad2deg().mean().item()
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    columns = ["creature (word)", "description", "constant", "cosine"]
-    print("| creature | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
-    for row in rows:
-        print(f"| {row['creature']} | " + " | ".join(f"{row[c]:.4f}" for c in columns) + " |")
-    print("| median | " + " | ".join(f"{statistics.median(r[c] for r in rows):.4f}" for c in columns) + " |")
-    better = sum(r["cosine"] < r["constant"] for r in rows)
-    print(f"cosine is lower on {better} of {len(rows)}")
+            subjects = {"the word creature": ("creature", None), "a description": (creature.description(), None)}
+            for schedule in SCHEDULES:
+                subjects[f"DTI, {schedule}"] = ("<concept>", learn(folder, schedule, arguments.steps))
+            for label, (subject, embedding) in subjects.items():
+                rows.setdefault(label, []).append(measure(creature, subject, embedding, folder / "held-out"))
+        print(number, {label: results[-1] for label, results in rows.items()}, flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({"steps": arguments.steps, "rows": rows}, indent=1) + "\n")
+
+    print(f"\nMean over {arguments.creatures} creatures, {arguments.steps} steps\n")
+    print("| called | " + " | ".join(MEASURES) + " |\n|---" + "|---" * len(MEASURES) + "|")
+    for label, results in rows.items():
+        loss, *shares = (statistics.mean(r[m] for r in results) for m in MEASURES)
+        print(f"| {label} | {loss:.4f} | " + " | ".join(f"{s:.0%}" for s in shares) + " |")
+    constant, cosine = (rows[f"DTI, {schedule}"] for schedule in SCHEDULES)
+    for m in MEASURES:
+        higher = sum(b[m] > a[m] for a, b in zip(constant, cosine, strict=True))
+        lower = sum(b[m] < a[m] for a, b in zip(constant, cosine, strict=True))
+        print(f"{m}: cosine is higher on {higher}, lower on {lower} of {len(cosine)} creatures")
 
 
 if __name__ == "__main__":

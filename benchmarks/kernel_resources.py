@@ -1,7 +1,7 @@
 """What each kernel costs on each GPU, read from the compiled artefacts; needs no GPU.
 
 python -m benchmarks.kernel_resources                             Markdown
-python -m benchmarks.kernel_resources --update docs/kernels.md    the same, as that file's last section
+python -m benchmarks.kernel_resources --update docs/kernels.md    the same, as a section of that file
 python -m benchmarks.kernel_resources --json                      everything, for the tests
 """
 
@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 import triton
 
+from benchmarks._harness import update_section
 from dti_fast.kernels import _aot
 from dti_fast.ops import _build
 
-HEADING = "## Resources"
 STEMS = ("sphere_step", "token_embed")
 # Per multiprocessor: warps, blocks, bytes of shared memory; each has 65,536 registers, handed out 256 a warp.
 # Source: the table of compute capabilities in the CUDA programming guide.
@@ -137,8 +137,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(list(triton_kernels())))
     elif options.update:
-        kept = options.update.read_text().partition(HEADING)[0]
-        options.update.write_text(f"{kept}{HEADING}\n\n{markdown()}\n")
+        update_section(options.update, "Resources", markdown())
     else:
         print(markdown())
 

@@ -1,0 +1,86 @@
+"""Memory of a training step through the frozen UNet, counted to the byte: `python -m benchmarks.bench_memory`.
+
+What is counted is every tensor that the UNet's forward and backward make in bf16 while a prompt embedding is learned:
+weights are frozen, the text features require a gradient.  Weights, text encoders and VAE are not in the numbers.
+Needs no GPU and no weights; the allocator's rounding and cuDNN's workspaces come on top.
+"""
+
+import argparse
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks._bytes import LiveBytes
+
+GIB = 1 << 30
+CASES = (("sdxl", 1024, 1), ("sdxl", 768, 4), ("sdxl", 512, 1), ("sd15", 512, 1))
+
+
+def measure(model: str, resolution: int, batch: int, checkpointing: bool = False) -> tuple[dict[str, int], int]:
+    """Bytes alive after the UNet's forward by kind of tensor, and the peak through forward and backward.
+
+    Args:
+        model: "sd15", "sd21" or "sdxl".
+        resolution: of the square picture in pixels, a multiple of 64.
+        batch: pictures a step.
+        checkpointing: recompute every block in the backward pass.
+    """
+    from diffusers import UNet2DConditionModel
+
+    from dti_fast.backbones.configs import config_folder
+
+    config = UNet2DConditionModel.load_config(config_folder(model) / "unet")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            unet = UNet2DConditionModel.from_config(config).requires_grad_(False)
+            if checkpointing:
+                unet.enable_gradient_checkpointing()
+            latents = torch.empty(batch, 4, resolution // 8, resolution // 8)
+            text = torch.empty(batch, 77, unet.config.cross_attention_dim, requires_grad=True)
+            extra = {}
+            if unet.config.addition_embed_type == "text_time":
+                pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+                extra = {
+                    "text_embeds": torch.empty(batch, pooled, requires_grad=True),
+                    "time_ids": torch.empty(batch, 6),
+                }
+            timesteps = torch.empty(batch, dtype=torch.int64)
+            with LiveBytes() as counter:
+                out = unet(latents, timesteps, text, added_cond_kwargs=extra, return_dict=False)[0]
+                kinds = counter.by_kind()
+                out.float().square().mean().backward()
+    finally:
+        torch.set_default_dtype(before)
+    return kinds, counter.peak
+
+
+def table(columns: dict[str, tuple[dict[str, int], int]]) -> str:
+    """A Markdown table in GiB, one column for each measurement."""
+    kinds = sorted({kind for kinds, _ in columns.values() for kind in kinds}, key=lambda k: (k == "other", k))
+    rows = [["GiB", *columns], ["---", *["---:"] * len(columns)]]
+    rows.append(["live after forward", *(f"{sum(kinds.values()) / GIB:.2f}" for kinds, _ in columns.values())])
+    rows.append(["peak through backward", *(f"{peak / GIB:.2f}" for _, peak in columns.values())])
+    rows += [[f"of the live: {kind}", *(f"{k.get(kind, 0) / GIB:.3f}" for k, _ in columns.values())] for kind in kinds]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("sd15", "sd21", "sdxl"), help="default: a table of four cases")
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute every block in the backward pass")
+    options = parser.parse_args()
+    cases = CASES if options.model is None else [(options.model, options.resolution, options.batch)]
+    columns = {
+        f"{model} {resolution}² b{batch}": measure(model, resolution, batch, options.checkpointing)
+        for model, resolution, batch in cases
+    }
+    print(f"UNet in bf16, weights frozen, {'block checkpointing' if options.checkpointing else 'stock PyTorch'}\n")
+    print(table(columns))
+
+
+if __name__ == "__main__":
+    main()
