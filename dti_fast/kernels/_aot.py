@@ -36,11 +36,11 @@ def compiled(call: Callable[[], object], capability: int) -> list:
     def compile_only(self, *args, warmup, **kwargs):
         kernels.append(run(self, *args, warmup=True, **kwargs))
 
-    active = driver._active
+    before = dict(vars(driver))  # asking it for the active driver would look for a GPU
     driver.set_active(_AbsentGPU(capability))
     try:
         with mock.patch.object(JITFunction, "run", compile_only):
             call()
     finally:
-        driver._active = active
+        vars(driver).update(before)
     return kernels
