@@ -18,7 +18,7 @@ ATTENTION = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
 }
-MAKERS = {aten.gelu.default: "GEGLU product's factor gelu(gate)"} | dict.fromkeys(ATTENTION, "attention out and lse")
+MAKERS = {aten.gelu.default: "GEGLU gelu(gate)"} | dict.fromkeys(ATTENTION, "attention out and lse")
 READERS = {
     aten.gelu.default: "GEGLU projection",
     aten.convolution.default: "conv input",

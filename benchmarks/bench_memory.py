@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks._bytes import LiveBytes
 
 GIB = 1 << 30
+NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
 CASES = (("sdxl", 1024, 1), ("sdxl", 768, 4), ("sdxl", 512, 1), ("sd15", 512, 1))
 
 
@@ -57,25 +58,27 @@ def measure(model: str, resolution: int, batch: int, checkpointing: bool = False
 
 
 def table(columns: dict[str, tuple[dict[str, int], int]]) -> str:
-    """A Markdown table in GiB, one column for each measurement."""
+    """A Markdown table in GiB, one column for each measurement; the kinds add up to its first row."""
     kinds = sorted({kind for kinds, _ in columns.values() for kind in kinds}, key=lambda k: (k == "other", k))
     rows = [["GiB", *columns], ["---", *["---:"] * len(columns)]]
     rows.append(["live after forward", *(f"{sum(kinds.values()) / GIB:.2f}" for kinds, _ in columns.values())])
     rows.append(["peak through backward", *(f"{peak / GIB:.2f}" for _, peak in columns.values())])
-    rows += [[f"of the live: {kind}", *(f"{k.get(kind, 0) / GIB:.3f}" for k, _ in columns.values())] for kind in kinds]
+    rows += [[kind, *(f"{k.get(kind, 0) / GIB:.3f}" for k, _ in columns.values())] for kind in kinds]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("sd15", "sd21", "sdxl"), help="default: a table of four cases")
-    parser.add_argument("--resolution", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--model", choices=NAMES, help="default: a table of four cases")
+    parser.add_argument("--resolution", type=int, default=1024, help="of the square picture, pixels; with --model")
+    parser.add_argument("--batch", type=int, default=1, help="pictures a step; with --model")
     parser.add_argument("--checkpointing", action="store_true", help="recompute every block in the backward pass")
     options = parser.parse_args()
+    if options.resolution < 64 or options.resolution % 64 or options.batch < 1:
+        parser.error("--resolution is a multiple of 64 and --batch at least 1")
     cases = CASES if options.model is None else [(options.model, options.resolution, options.batch)]
     columns = {
-        f"{model} {resolution}² b{batch}": measure(model, resolution, batch, options.checkpointing)
+        f"{NAMES[model]} {resolution}² b{batch}": measure(model, resolution, batch, options.checkpointing)
         for model, resolution, batch in cases
     }
     print(f"UNet in bf16, weights frozen, {'block checkpointing' if options.checkpointing else 'stock PyTorch'}\n")
