@@ -62,7 +62,8 @@ class SphericalSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        # torch.amp.GradScaler sets these two before it calls step.
+        scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -72,8 +73,9 @@ class SphericalSGD(torch.optim.Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     if group["beta"] > 0:
                         state["second_moment"] = torch.zeros((len(p), 1), dtype=torch.float32, device=p.device)
-                state["step"] += 1 if found_inf is None else 1 - found_inf.to(p.device).reshape(())
-                lr = group["lr"]
+                local = {name: None if t is None else t.to(p.device) for name, t in scaling.items()}
+                found_inf, lr = local["found_inf"], group["lr"]
+                state["step"] += 1 if found_inf is None else (found_inf == 0).reshape(())
                 sphere_step_(
                     p,
                     p.grad,
@@ -84,7 +86,6 @@ class SphericalSGD(torch.optim.Optimizer):
                     kappa=group["kappa"],
                     beta=group["beta"],
                     eps=group["eps"],
-                    grad_scale=grad_scale,
-                    found_inf=found_inf,
+                    **local,
                 )
         return loss

@@ -188,3 +188,34 @@ def test_learning_rates():
     assert cosine[0] == pytest.approx(0.04)
     assert cosine[5] == pytest.approx(0.02)
     assert all(a > b for a, b in pairwise(cosine))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_gradient_checkpointing_saves_less_and_changes_nothing(tiny_pipelines, family):
+    """Of the UNet and of the text encoders, each on its own, since it is easily ignored by one of them."""
+
+    def run(checkpointing):
+        backbone, data, embeddings, _, _ = setup(tiny_pipelines[family])
+        alphas, kind = backbone.noise_schedule()
+        if checkpointing:
+            backbone.enable_gradient_checkpointing()
+        saved = []
+
+        def pack(tensor):
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            backbone.condition([i[:1] for i in data.prompt_ids], data.sizes[:1])
+        text = sum(saved)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = diffusion_loss(backbone, data, alphas, kind, draw(data, 1, 1000, 0, 0))
+        loss.backward()
+        return text, sum(saved) - 2 * text, [e.directions.grad for e in embeddings]
+
+    text, unet, gradients = run(False)
+    less_text, less_unet, same_gradients = run(True)
+    assert less_text < 0.6 * text
+    assert less_unet < 0.6 * unet
+    for a, b in zip(gradients, same_gradients, strict=True):
+        torch.testing.assert_close(a, b)

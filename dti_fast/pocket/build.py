@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=100_000)
     parser.add_argument("--denoiser_pictures", type=int, default=60_000, help="how many of them the denoiser sees")
     parser.add_argument("--autoencoder_steps", type=int, default=2400)
-    parser.add_argument("--denoiser_steps", type=int, default=4000)
+    parser.add_argument("--denoiser_steps", type=int, default=3000)
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
