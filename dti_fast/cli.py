@@ -1,4 +1,4 @@
-"""The command line: `dti-fast train | generate`."""
+"""The command line: `dti-fast train | generate | doctor`."""
 
 import logging
 import os
@@ -22,6 +22,8 @@ REQUIRED = {
 def main() -> None:
     """Entry point; bad input is one line on stderr and exit code 2."""
     missing = [package for module, package in REQUIRED.items() if find_spec(module) is None]
+    if missing and sys.argv[1:] == ["doctor"]:
+        return doctor_command()
     if missing:
         _fail(f"{', '.join(missing)} missing: install the training packages with  pip install 'dti-fast[train]'")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -123,7 +125,18 @@ def _app():
             seed,
         )
 
+    @app.command
+    def doctor():
+        """Print versions, GPUs and which backend serves each op: what a bug report needs."""
+        doctor_command()
+
     return app
+
+
+def doctor_command() -> None:
+    from dti_fast.doctor import report
+
+    print(report())
 
 
 def train_command(config) -> None:

@@ -12,7 +12,7 @@ LAYERS = [
     {"ops"},
     {"sphere", "optim", "tokens", "frozen"},
     {"formats", "backbones"},
-    {"data", "trainer", "evaluate", "pocket"},
+    {"data", "trainer", "evaluate", "pocket", "doctor"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
