@@ -1,7 +1,8 @@
 """Public ops.  This layer alone knows which backend runs."""
 
 from dti_fast.ops._dispatch import backends
+from dti_fast.ops.geglu import geglu
 from dti_fast.ops.sphere_step import sphere_step_
 from dti_fast.ops.token_embed import token_embed
 
-__all__ = ["sphere_step_", "token_embed", "backends"]
+__all__ = ["sphere_step_", "token_embed", "geglu", "backends"]
