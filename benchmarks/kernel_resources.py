@@ -22,7 +22,7 @@ from benchmarks._harness import update_section
 from dti_fast.kernels import _aot
 from dti_fast.ops import _build
 
-STEMS = ("sphere_step", "token_embed", "geglu")
+STEMS = ("sphere_step", "token_embed", "layer_norm", "geglu")
 # Per multiprocessor: warps, blocks, bytes of shared memory; each has 65,536 registers, handed out 256 a warp.
 # Source: the table of compute capabilities in the CUDA programming guide.
 MULTIPROCESSOR = {
