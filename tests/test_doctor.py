@@ -50,6 +50,7 @@ def test_says_what_the_environment_forces(monkeypatch, backend, expected):
         (WRONG, "gives wrong results on c"),
         (FAILS, "does not run: NotImplementedError: No operator\n"),
     ],
+    ids=["works", "wrong", "fails"],
 )
 def test_runs_xformers_rather_than_believing_its_version(tmp_path, monkeypatch, source, expected):
     (tmp_path / "xformers").mkdir()
