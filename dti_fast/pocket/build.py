@@ -348,6 +348,9 @@ def export(out: Path, tokenizer, text_encoder, vae, unet) -> None:
     weights = temporary / "text_encoder" / "model.safetensors"
     state = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load_file(weights).items()}
     save_file(state, weights, metadata={"format": "pt"})
+    # transformers takes the dtype from here and diffusers does not: without this a plain load would mix two dtypes.
+    settings = temporary / "text_encoder" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(tokenizer.source_folder / name, temporary / "tokenizer" / name)
     shutil.rmtree(out, ignore_errors=True)
@@ -371,7 +374,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=100_000)
     parser.add_argument("--denoiser_pictures", type=int, default=60_000, help="how many of them the denoiser sees")
     parser.add_argument("--autoencoder_steps", type=int, default=2400)
-    parser.add_argument("--denoiser_steps", type=int, default=3000)
+    parser.add_argument("--denoiser_steps", type=int, default=3600)
     arguments = parser.parse_args()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
