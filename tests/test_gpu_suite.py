@@ -1,0 +1,90 @@
+"""The GPU suite's own machinery, tried on the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ENVIRONMENT
+
+from dti_fast.ops import _build
+
+sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
+
+from benchmarks import gpu_suite
+
+
+def test_smoke_and_a_failing_stage_that_stops_no_other(tmp_path):
+    try:
+        _build.torch_directory(), _build.host_compiler()
+    except _build.BuildError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", tmp_path, "--smoke", "--ops", "sphere_step"]
+    environment = ENVIRONMENT | {"PYTEST_ADDOPTS": "--no-such-option"}  # else the suite would run these tests
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=gpu_suite.ROOT, env=environment, timeout=600
+    )  # fmt: skip
+    assert run.returncode == 1, run.stderr
+    assert "no GPU measurements" in run.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.json", "environment.txt", "tests.txt", "ops.csv", "ops.txt"
+    }  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "no GPU measurements" in results["kind"]
+    assert {"device", "torch", "triton", "commit", "started"} <= set(results)
+    stages = results["stages"]
+    assert {name: stage["status"] for name, stage in stages.items()} == {
+        "environment": "ok", "tests": "failed", "ceilings": "ok", "ops": "ok"
+    }  # fmt: skip
+    assert "pytest ended with code 4" in stages["tests"]["error"][-1]
+    rates = stages["ceilings"]["results"]
+    assert [name.split(",")[0] for name in rates] == ["copy GB/s", "bf16 TFLOP/s", "int8 TOP/s"]
+    assert all(rate > 0 for rate in rates.values())
+    rows = stages["ops"]["results"]["sphere_step"]["rows"]
+    assert {row["implementation"] for row in rows} >= {"eager", "native"}
+    assert all(row["us_median"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("failed", 1), ("timed out", 1)])
+def test_exit_code(tmp_path, monkeypatch, status, code):
+    def run_stage(name, out, smoke, ops, seconds, keep):
+        stage = {"status": "ok" if name == "environment" else status, "seconds": 0.0, "results": {}}
+        keep(stage)
+        return stage
+
+    monkeypatch.setattr(gpu_suite, "run_stage", run_stage)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--out", str(tmp_path), "--smoke", "--commit", "abc"])
+    assert gpu_suite.main() == code
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["stages"]) == ["environment", "tests", "ceilings", "ops"]
+    assert results["commit"] == "abc"
+
+
+def test_a_stage_that_hangs_is_ended(tmp_path):
+    kept = []
+    stage = gpu_suite.run_stage("ceilings", tmp_path, True, [], 0.05, lambda stage: kept.append(dict(stage)))
+    assert stage["status"] == "timed out"
+    assert kept[-1] == stage
+
+
+def test_whole_takes_less_than_nine_minutes_and_knows_every_op():
+    assert sum(gpu_suite.LIMITS.values()) < 9 * 60 - 15
+    assert gpu_suite.LIMITS.keys() == gpu_suite.STAGES.keys()
+    assert {"sphere_step", "token_embed"} <= set(gpu_suite.op_benchmarks())
+    assert "memory" not in gpu_suite.op_benchmarks()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--stages", "opps"], "there is no 'opps': stages are environment"),
+        (["--ops", "memory"], "there is no 'memory'"),
+    ],
+)
+def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, expected):
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", "--out", str(tmp_path / "new"), "--smoke", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_suite.main()
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
