@@ -68,17 +68,8 @@ def environment(context: Context) -> None:
 def tests(context: Context) -> None:
     with tempfile.TemporaryDirectory() as folder, (context.out / "tests.txt").open("w") as log:
         xml = Path(folder) / "junit.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "-n",
-            "0" if context.smoke else "4",
-            "-ra",
-            f"--junitxml={xml}",
-        ]
+        processes = "0" if context.smoke else "4"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-ra", "-n", processes, f"--junitxml={xml}"]
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
         if not xml.exists():
             raise RuntimeError(f"pytest ended with code {code} before it ran anything; see tests.txt")
