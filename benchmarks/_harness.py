@@ -166,7 +166,11 @@ def provenance(device: torch.device) -> dict[str, str]:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "absent"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except FileNotFoundError:  # no git here
+        commit = ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return {
         "device": f"{device.type} {name}",

@@ -156,8 +156,8 @@ def train_command(config) -> None:
     )
     if len(result.embedding_paths) > 1 and config.pooling == "eos":
         console.print(
-            "Text features were pooled at the end of the text, as ComfyUI and A1111 do. For the same in diffusers load it with "
-            "dti_fast.load_embedding(pipeline, path): a stock SDXL pipeline pools at the placeholder."
+            "Text features were pooled at the end of the text, as ComfyUI and A1111 do. For the same in diffusers "
+            "load it with dti_fast.load_embedding(pipeline, path): a stock SDXL pipeline pools at the placeholder."
         )
 
 

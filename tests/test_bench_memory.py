@@ -1,13 +1,8 @@
 """The byte counter counts right, and the stock UNets need what the documentation says."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
 
 from benchmarks._bytes import LiveBytes
 from benchmarks.bench_memory import GIB, measure, table

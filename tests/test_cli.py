@@ -114,7 +114,7 @@ def test_half_precision(tiny_pipelines, pictures, tmp_path, precision):
             num_vectors=2,
             num_validation_images=1,
             validation_prompt="a {}",
-        )  # fmt: skip
+        )
     )
     assert run.returncode == 0, run.stderr
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])

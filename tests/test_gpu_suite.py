@@ -3,16 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from runs import ENVIRONMENT
 
-from dti_fast.ops import _build
-
-sys.path.append(str(Path(__file__).parent.parent))  # benchmarks/ is not installed
-
 from benchmarks import gpu_suite
+from dti_fast.ops import _build
 
 
 def test_smoke_and_a_failing_stage_that_stops_no_other(tmp_path):

@@ -296,7 +296,11 @@ def train_denoiser(work: Path, latents: torch.Tensor, captions: list[str], token
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
     run = Training(work / "denoiser.safetensors", {"unet": unet, "text": text_encoder}, optimizer, 0.999)
     ids = tokenizer(
-        ["", *captions[: len(latents)]], padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+        ["", *captions[: len(latents)]],
+        padding="max_length",
+        max_length=TEXT_LENGTH,
+        truncation=True,
+        return_tensors="pt",
     ).input_ids
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
     channels = unet.config.in_channels
