@@ -177,11 +177,13 @@ def generate_command(prompts, embedding, model, output, num_images, steps, guida
     from dti_fast.backbones.load import load_backbone
     from dti_fast.formats import load_embedding
     from dti_fast.trainer.loop import pick_precision
-    from dti_fast.trainer.preview import generate, grid, save_picture
+    from dti_fast.trainer.preview import POCKET_GUIDANCE, generate, grid, save_picture
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_backbone(model, pick_precision("auto", device), device).pipeline
     token = load_embedding(pipeline, embedding, pooling=metadata.get("pooling", "eos"))
+    if guidance_scale is None and model == POCKET:
+        guidance_scale = POCKET_GUIDANCE
     rows = []
     for prompt in prompts:
         prompt = prompt.replace("{}", token)

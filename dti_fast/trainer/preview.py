@@ -16,6 +16,7 @@ POCKET_PROMPTS = (
     "a pencil sketch of a {}",
     "a neon sign of a {} on the moon",
 )
+POCKET_GUIDANCE = 4.0  # the pipelines' default of 7.5 is too strong for so small a model
 PROMPTS = {
     "object": ("a photo of {}", "a photo of {} on the beach", "a painting of {} in a forest", "{} wearing a red hat"),
     "style": ("a house in the style of {}", "a dog in the style of {}", "a portrait in the style of {}"),
@@ -88,7 +89,10 @@ def save_preview(config: TrainConfig, backbone, embeddings, pictures, path: Path
     rows = [("training pictures", [Image.open(p.path) for p in pictures[:8]])]
     first = prompts[0].replace("{}", config.initializer_token)
     for label, prompt in [(first, first)] + [(p.replace("{}", config.placeholder_token),) * 2 for p in prompts]:
-        images = generate(backbone.pipeline, prompt, config.num_validation_images, config.seed, size=config.resolution)
+        images = generate(
+            backbone.pipeline, prompt, config.num_validation_images, config.seed,
+            guidance_scale=POCKET_GUIDANCE if pocket else None, size=config.resolution,
+        )  # fmt: skip
         rows.append((label, images))
     save_picture(grid(rows), path)
     backbone.vae.to("cpu")
