@@ -22,7 +22,7 @@ from benchmarks._harness import update_section
 from dti_fast.kernels import _aot
 from dti_fast.ops import _build
 
-STEMS = ("sphere_step", "token_embed", "layer_norm", "geglu")
+STEMS = ("sphere_step", "token_embed", "group_norm_silu", "layer_norm", "geglu")
 # Per multiprocessor: warps, blocks, bytes of shared memory; each has 65,536 registers, handed out 256 a warp.
 # Source: the table of compute capabilities in the CUDA programming guide.
 MULTIPROCESSOR = {
@@ -46,12 +46,14 @@ def triton_kernels() -> Iterator[dict]:
     for stem in STEMS:
         for case, call in importlib.import_module(f"dti_fast.kernels.{stem}").aot_cases():
             for target in _aot.TARGETS:
-                for kernel in _aot.compiled(call, target):
+                kernels = _aot.compiled(call, target)
+                for kernel in kernels:
+                    launch = f": {kernel.metadata.name.strip('_').removesuffix('_kernel')}" if len(kernels) > 1 else ""
                     usage = resource_usage(kernel.asm["cubin"])
                     ptx = kernel.asm["ptx"]
                     yield {
                         "op": stem,
-                        "case": case,
+                        "case": case + launch,
                         "target": target,
                         "warps": kernel.metadata.num_warps,
                         "registers": usage["REG"],

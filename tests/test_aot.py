@@ -27,6 +27,7 @@ def test_every_launch_compiles_for_every_target(kernels):
     for D in (768, 1280, 2048):
         for op in ("sphere_step", "token_embed"):
             assert any(name == op and f"D={D}," in case for name, case in cases)
+    assert {name for name, _ in cases} >= {"group_norm_silu", "layer_norm", "geglu"}
     assert sorted((*case, target) for case in cases for target in TARGETS) == sorted(
         (kernel["op"], kernel["case"], kernel["target"]) for kernel in kernels
     )
@@ -41,7 +42,10 @@ def test_no_float64(kernels):
 
 
 def test_sixteen_bytes_an_access(kernels):
-    """All these rows are multiples of 16 elements at aligned addresses."""
-    assert not [kernel for kernel in kernels if "ld.global.v4.b32" not in kernel["accesses"]]
-    writers = [kernel for kernel in kernels if "backward" not in kernel["case"]]
+    """All these rows are multiples of 16 elements at aligned addresses, but for a group's few parts."""
+    streaming = [kernel for kernel in kernels if ": combine" not in kernel["case"]]
+    assert not [kernel for kernel in streaming if "ld.global.v4.b32" not in kernel["accesses"]]
+    reductions = [kernel for kernel in streaming if kernel["case"].endswith((": statistics", ": sums"))]
+    reductions += [k for k in streaming if k["op"] == "token_embed" and k["case"].startswith("backward")]
+    writers = [kernel for kernel in streaming if kernel not in reductions]
     assert not [kernel for kernel in writers if "st.global.v4.b32" not in kernel["accesses"]]

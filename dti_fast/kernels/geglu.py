@@ -110,11 +110,10 @@ def _launch(kernel, *arguments) -> None:
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Launches on meta tensors for `dti_fast.kernels._aot`, by name."""
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        for approximate in ("none", "tanh"):
-            # One kernel serves every width: those of SD 1.5 and SDXL are multiples of 16, from 1280 to 5120.
-            projected = torch.empty(1, 1024, 2 * 5120, dtype=dtype, device="meta")
-            grad = torch.empty(1, 1024, 5120, dtype=dtype, device="meta")
-            case = f"F=5120, {name}, approximate {approximate}"
-            yield f"forward {case}", lambda p=projected, a=approximate: geglu(p, a)
-            yield f"backward {case}", lambda g=grad, p=projected, a=approximate: geglu_backward(g, p, a)
+    # One kernel serves every width: those of SD 1.5 and SDXL are multiples of 16, from 1280 to 5120.
+    for dtype, approximate in ((torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "tanh")):
+        projected = torch.empty(1, 1024, 2 * 5120, dtype=dtype, device="meta")
+        grad = torch.empty(1, 1024, 5120, dtype=dtype, device="meta")
+        case = f"F=5120, {'bf16' if dtype == torch.bfloat16 else 'fp32'}, approximate {approximate}"
+        yield f"forward {case}", lambda p=projected, a=approximate: geglu(p, a)
+        yield f"backward {case}", lambda g=grad, p=projected, a=approximate: geglu_backward(g, p, a)
