@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dti_fast.backbones.load import POCKET
 from dti_fast.trainer.config import TrainConfig
@@ -78,6 +78,12 @@ def grid(rows: list[tuple[str, list[Image.Image]]], cell: int = 128, gap: int = 
     return sheet
 
 
+def _centre_square(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        turned = ImageOps.exif_transpose(image).convert("RGB")
+    return ImageOps.fit(turned, (min(turned.size),) * 2)
+
+
 def save_preview(config: TrainConfig, backbone, embeddings, pictures, path: Path) -> None:
     """The training pictures, then a row of generated ones for every prompt, the init word's first."""
     pocket = config.pretrained_model_name_or_path == POCKET
@@ -86,7 +92,7 @@ def save_preview(config: TrainConfig, backbone, embeddings, pictures, path: Path
     backbone.vae.to(embeddings[0].directions.device)
     for module in backbone.modules():
         module.eval()
-    rows = [("training pictures", [Image.open(p.path) for p in pictures[:8]])]
+    rows = [("training pictures", [_centre_square(p.path) for p in pictures[:8]])]
     first = prompts[0].replace("{}", config.initializer_token)
     for label, prompt in [(first, first)] + [(p.replace("{}", config.placeholder_token),) * 2 for p in prompts]:
         images = generate(
