@@ -7,14 +7,14 @@ Without a GPU, TRITON_INTERPRET=1 lets the Triton kernels take part, in Triton's
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks._harness import forced, update_section
-from dti_fast.ops import sphere_step_, token_embed
+from dti_fast.ops import geglu, group_norm_silu, layer_norm, sphere_step_, token_embed
 from dti_fast.reference import token_embed as embed
 from dti_fast.reference.sphere_step import sphere_step
 
@@ -66,6 +66,63 @@ def token_embed_errors(dtype: torch.dtype, device: str) -> Iterator[tuple[str, d
     yield "gradient", backward
 
 
+def group_norm_silu_errors(dtype: torch.dtype, device: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """[1, 320, 32, 32] in 32 groups, whose mean is half a deviation."""
+    for layout, memory in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
+        for of, errors in layer_errors(
+            lambda x, weight, bias: group_norm_silu(x, 32, weight, bias),
+            lambda x, weight, bias: F.silu(F.group_norm(x, 32, weight, bias)),
+            *((t + 0.5).contiguous(memory_format=memory) for t in normal(dtype, device, (1, 320, 32, 32))),
+            *normal(dtype, device, (320,)),
+        ):
+            yield f"{of}, {layout}", errors
+
+
+def layer_norm_errors(dtype: torch.dtype, device: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """[64, 1280] rows whose mean is half a deviation."""
+    x, grad = normal(dtype, device, (64, 1280))
+    return layer_errors(
+        layer_norm,
+        lambda x, weight, bias: F.layer_norm(x, (1280,), weight, bias),
+        x + 0.5, grad, *normal(dtype, device, (1280,)),
+    )  # fmt: skip
+
+
+def geglu_errors(dtype: torch.dtype, device: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """[16, 2 x 1280]."""
+    projected, _ = normal(dtype, device, (16, 2560))
+    for approximate in ("none", "tanh"):
+        for of, errors in layer_errors(
+            lambda x, a=approximate: geglu(x, a),
+            lambda x, a=approximate: x.chunk(2, -1)[0] * F.gelu(x.chunk(2, -1)[1], approximate=a),
+            projected,
+            normal(dtype, device, (16, 1280))[1],
+        ):
+            yield f"{of}, {approximate}", errors
+
+
+def layer_errors(ours: Callable, plain: Callable, x, grad, *frozen) -> Iterator[tuple[str, dict[str, float]]]:
+    """Of a layer's output and input gradient."""
+
+    def both(layer: Callable, x, *frozen) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.detach().requires_grad_()
+        out = layer(x, *frozen)
+        return out.detach(), torch.autograd.grad(out, x, grad.to(out.dtype))[0]
+
+    exact = both(plain, *(t.double().contiguous() for t in (x, *frozen)))
+    results = {"plain PyTorch": both(plain, x, *frozen)}
+    for backend in ("reference", "triton"):
+        with forced(backend):
+            results[backend] = both(ours, x, *frozen)
+    for index, of in enumerate(("output", "gradient")):
+        yield of, {name: (result[index] - exact[index]).abs().max().item() for name, result in results.items()}
+
+
+def normal(dtype: torch.dtype, device: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)]
+
+
 def markdown() -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
@@ -73,10 +130,16 @@ def markdown() -> str:
     if device == "cpu":
         lines += ["Triton ran in its interpreter, which truncates to bfloat16 where a GPU rounds.", ""]
     lines += ["| op | dtype | of | plain PyTorch | " + " | ".join(BACKENDS) + " |", "|---" * (4 + len(BACKENDS)) + "|"]
-    for op, errors in (("sphere_step_", sphere_step_errors), ("token_embed", token_embed_errors)):
+    for op, errors in (
+        ("sphere_step_", sphere_step_errors),
+        ("token_embed", token_embed_errors),
+        ("group_norm_silu", group_norm_silu_errors),
+        ("layer_norm", layer_norm_errors),
+        ("geglu", geglu_errors),
+    ):
         for dtype in DTYPES:
             for what, row in errors(dtype, device):
-                cells = " | ".join(f"{row[name]:.1e}" for name in ("plain PyTorch", *BACKENDS))
+                cells = " | ".join(f"{row[name]:.1e}" if name in row else "" for name in ("plain PyTorch", *BACKENDS))
                 lines.append(f"| {op} | {str(dtype).removeprefix('torch.')} | {what} | {cells} |")
     return "\n".join(lines)
 

@@ -8,8 +8,6 @@ from accuracy import FLOATS, LANES, check, framed, kept, poisoned, run
 from dti_fast.ops import geglu
 from dti_fast.reference import geglu as reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # exp, interpreter
-
 
 def problem(shape, device, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)

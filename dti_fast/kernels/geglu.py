@@ -71,10 +71,13 @@ def _tile(R, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _gelu(x, TANH: tl.constexpr):
     """gelu(x) and gelu'(x)."""
     if TANH:
-        # (1 + tanh(u)) / 2 is sigmoid(2u), which needs no tanh.
+        # (1 + tanh(u)) / 2 is the sigmoid of 2u, from an exponential that neither overflows nor cancels.
         square = x * x
-        share = tl.sigmoid(x * (1.5957691216057308 + 0.07135481282735949 * square))
-        slope = share + x * share * (1.0 - share) * (1.5957691216057308 + 0.21406443848207847 * square)
+        twice = x * (1.5957691216057308 + 0.07135481282735949 * square)
+        small = tl.exp(-tl.abs(twice))
+        inverse = 1.0 / (1.0 + small)
+        share = tl.where(twice < 0.0, small * inverse, inverse)
+        slope = share + x * small * inverse * inverse * (1.5957691216057308 + 0.21406443848207847 * square)
     else:
         share = 0.5 + 0.5 * tl.math.erf(0.7071067811865476 * x)
         slope = share + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
