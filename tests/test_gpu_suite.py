@@ -16,7 +16,7 @@ def test_smoke_and_a_failing_stage_that_stops_no_other(tmp_path):
         _build.torch_directory(), _build.host_compiler()
     except _build.BuildError as error:
         pytest.skip(str(error))
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", tmp_path, "--smoke", "--ops", "sphere_step"]
+    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--out", tmp_path, "--smoke"]
     environment = ENVIRONMENT | {"PYTEST_ADDOPTS": "--no-such-option"}  # else the suite would run these tests
     run = subprocess.run(
         command, capture_output=True, text=True, cwd=gpu_suite.ROOT, env=environment, timeout=600
@@ -37,7 +37,9 @@ def test_smoke_and_a_failing_stage_that_stops_no_other(tmp_path):
     rates = stages["ceilings"]["results"]
     assert [name.split(",")[0] for name in rates] == ["copy GB/s", "bf16 TFLOP/s", "int8 TOP/s"]
     assert all(rate > 0 for rate in rates.values())
-    rows = stages["ops"]["results"]["sphere_step"]["rows"]
+    results = stages["ops"]["results"]
+    assert set(results) == {path.stem for path in (gpu_suite.ROOT / "dti_fast" / "ops").glob("[a-z]*.py")}
+    rows = results["sphere_step"]["rows"]
     assert {row["implementation"] for row in rows} >= {"eager", "native"}
     assert all(row["us_median"] > 0 for row in rows)
 
