@@ -14,6 +14,7 @@ REQUIRED = {
     "cyclopts": "cyclopts",
     "rich": "rich",
     "PIL": "pillow",
+    "numpy": "numpy",
     "diffusers": "diffusers",
     "transformers": "transformers",
 }
@@ -145,14 +146,13 @@ def train_command(config) -> None:
     from dti_fast.trainer.loop import train
 
     result = train(config)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     norms = ", ".join(f"{m:.3f}" for m in result.magnitudes)
     console.print(f"Learned {result.placeholder} (norm {norms}). Files in {config.output_dir}:")
     for path in [*result.embedding_paths, *([result.preview_path] if result.preview_path else []), result.log_path]:
         console.print(f"  {path.name}")
     console.print(
-        f'Use it: dti-fast generate --embedding {config.output_dir} --prompt "a photo of a {result.placeholder}"',
-        markup=False,
+        f'Use it: dti-fast generate --embedding {config.output_dir} --prompt "a photo of a {result.placeholder}"'
     )
     if len(result.embedding_paths) > 1 and config.pooling == "eos":
         console.print(

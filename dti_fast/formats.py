@@ -1,14 +1,32 @@
 """Embedding files: written for diffusers, A1111, Forge, ComfyUI and InvokeAI, and loaded into pipelines."""
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dti_fast.errors import UserError
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """A short hash of the tensors' values, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write UTF-8 under a temporary name, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
@@ -40,6 +58,8 @@ def write_embeddings(folder: Path, placeholder: str, vectors: list[Tensor], meta
     Args:
         vectors: per text encoder float32 `[K, D]`, magnitude times direction.
     """
+    if len(vectors) == 1:  # an earlier run with a model of two encoders may have left this one
+        (folder / "learned_embeds_2.safetensors").unlink(missing_ok=True)
     paths = []
     for i, tensor in enumerate(vectors):
         paths.append(folder / f"learned_embeds{'' if i == 0 else f'_{i + 1}'}.safetensors")

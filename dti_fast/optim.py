@@ -73,16 +73,21 @@ class SphericalSGD(torch.optim.Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     if group["beta"] > 0:
                         state["second_moment"] = torch.zeros((len(p), 1), dtype=torch.float32, device=p.device)
+                # The model may have moved, or a state come from another device: torch moves neither of these.
+                state["step"] = state["step"].to(p.device)
+                mu = group["mu"] = None if group["mu"] is None else group["mu"].to(p.device)
                 local = {name: None if t is None else t.to(p.device) for name, t in scaling.items()}
                 found_inf, lr = local["found_inf"], group["lr"]
                 state["step"] += 1 if found_inf is None else (found_inf == 0).reshape(())
                 sphere_step_(
                     p,
                     p.grad,
-                    group["mu"],
+                    mu,
                     state.get("second_moment"),
                     state["step"],
-                    lr if isinstance(lr, Tensor) else torch.full((), lr, device=p.device),
+                    torch.full((), lr, dtype=torch.float32, device=p.device)
+                    if isinstance(lr, float | int)
+                    else lr.to(p.device),
                     kappa=group["kappa"],
                     beta=group["beta"],
                     eps=group["eps"],

@@ -66,7 +66,7 @@ class TokenEmbedding(nn.Module):
         module = text_encoder.get_input_embeddings()
         vocabulary = module.weight
         initial = _initial_rows(vocabulary, tokenizer, init, num_vectors)
-        magnitudes = _magnitudes(vocabulary, initial, magnitude)
+        magnitudes = _magnitudes(vocabulary, init, initial, magnitude)
         tokens = [placeholder] + [f"{placeholder}_{i}" for i in range(1, len(initial))]
         _check_placeholder(tokenizer, placeholder, tokens)
         backend = copy.deepcopy(tokenizer._tokenizer)
@@ -141,7 +141,7 @@ def _initial_rows(vocabulary: Tensor, tokenizer, init: str | Tensor | None, num_
         rows = init.detach().to(vocabulary.device, torch.float32)
     else:
         rows = vocabulary.detach()[_token_ids(tokenizer, init)].float()
-    count = num_vectors or len(rows)
+    count = len(rows) if num_vectors is None else num_vectors
     if count < 1:
         raise UserError(f"the number of vectors must be at least 1, got {num_vectors}")
     if count < len(rows):
@@ -150,9 +150,11 @@ def _initial_rows(vocabulary: Tensor, tokenizer, init: str | Tensor | None, num_
     return rows[torch.arange(count, device=rows.device) % len(rows)]
 
 
-def _magnitudes(vocabulary: Tensor, initial: Tensor, magnitude: str | float) -> Tensor:
+def _magnitudes(vocabulary: Tensor, init, initial: Tensor, magnitude: str | float) -> Tensor:
     """Norms for the K learned rows, `[K, 1]` float32."""
     if magnitude == "class":
+        if init is None:
+            raise UserError("magnitude 'class' is the initializer's norm and needs an initializer")
         return initial.norm(dim=-1, keepdim=True)
     if isinstance(magnitude, str):
         if magnitude not in MAGNITUDES:
@@ -164,7 +166,7 @@ def _magnitudes(vocabulary: Tensor, initial: Tensor, magnitude: str | float) -> 
             "max": norms.max(),
         }[magnitude]
     else:
-        if magnitude <= 0:
+        if not magnitude > 0:
             raise UserError(f"the magnitude must be positive, got {magnitude}")
         value = torch.tensor(float(magnitude), device=vocabulary.device)
     return value.expand(len(initial), 1).clone()

@@ -26,6 +26,9 @@ def refused(run, message, out=None):
         ({"placeholder_token": "two words"}, "must be one word"),
         ({"max_train_steps": 0}, "--max_train_steps must be at least 1"),
         ({"kappa": -1}, "--kappa must not be negative"),
+        ({"kappa": "nan"}, "--kappa must not be negative"),
+        ({"num_vectors": 0}, "--num_vectors must be at least 1"),
+        ({"seed": 5000000000}, "--seed must lie in"),
         ({"beta": 1}, "--beta must lie in [0, 1)"),
         ({"resolution": 65}, "multiple of 8"),
         ({"learning_rate": "fast"}, 'unable to convert "fast"'),
@@ -74,16 +77,14 @@ def test_captions_without_the_token(tiny_pipelines, tmp_path):
     folder = write_pictures(tmp_path / "pictures", 1)
     (folder / "0.txt").write_text("a dog on grass")
     arguments = train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out")
-    refused(dti_fast(*arguments), "no caption contains the placeholder '<toy>'", tmp_path / "out")
+    refused(dti_fast(*arguments), "no '<toy>' in 0.txt", tmp_path / "out")
 
 
 def test_caption_whose_token_is_cut_off(tiny_pipelines, tmp_path):
-    """Past the text encoder's window the token cannot learn: an error at once, not a silent success."""
     folder = write_pictures(tmp_path / "pictures", 1)
     (folder / "0.txt").write_text("dog " * 90 + "{}")
     run = dti_fast(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out"))
-    refused(run, "no gradient has reached the embedding")  # after the run began, so there is a folder
-    assert not list((tmp_path / "out").glob("*.safetensors"))
+    refused(run, "beyond the 77 tokens", tmp_path / "out")
 
 
 def test_placeholder_that_is_a_word(tiny_pipelines, pictures, tmp_path):
@@ -127,7 +128,7 @@ main()
     command = [sys.executable, "-c", poisoned, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     refused(run, "the loss was not finite at step 13")
-    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-000020.safetensors"]
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-000012.safetensors"]
     assert not list((tmp_path / "out").glob("learned*"))
 
 

@@ -56,11 +56,13 @@ def test_captions_and_templates(tmp_path):
     assert prompts == ["a <x> on a chair", "my <x> at home", "a photo of a <x>"]
     assert per_picture
     (tmp_path / "b.txt").write_text("a chair")
-    with pytest.warns(UserWarning, match=r"b\.png"):
+    with pytest.raises(UserError, match=r"no '<x>' in b\.txt"):
         training_prompts(find_pictures(tmp_path), "<x>", "object")
-    (tmp_path / "a.txt").write_text("a table")
-    with pytest.raises(UserError, match="no caption contains"):
-        training_prompts(find_pictures(tmp_path), "<x>", "object")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf{} at home")  # a byte-order mark is no part of the caption
+    assert training_prompts(find_pictures(tmp_path), "<x>", "object")[0][1] == "<x> at home"
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9 {}")
+    with pytest.raises(UserError, match=r"b\.txt' is not UTF-8"):
+        find_pictures(tmp_path)
 
 
 def test_moments_have_the_distribution_of_encoding_anew(tiny_pipelines):

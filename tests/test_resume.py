@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from runs import ENVIRONMENT, dti_fast, train_arguments
+from runs import ENVIRONMENT, dti_fast, train_arguments, write_pictures
 from safetensors.torch import load_file
 
 from dti_fast.formats import read_tensors, write_tensors
@@ -117,3 +117,21 @@ def test_another_method_is_refused(tiny_pipelines, pictures, tmp_path, unbroken)
     run = dti_fast(*train_arguments(tiny_pipelines["sdxl"], pictures, tmp_path / "out", **settings))
     assert run.returncode == 2
     assert "a checkpoint of the method 'ti'" in run.stderr
+
+
+def test_other_pictures_are_refused_and_a_fresh_run_forgets_old_checkpoints(tiny_pipelines, tmp_path):
+    model, out = tiny_pipelines["sd15"], tmp_path / "out"
+    pictures, fewer = write_pictures(tmp_path / "three"), write_pictures(tmp_path / "two", 2)
+
+    def run(folder, **settings):
+        return dti_fast(*train_arguments(model, folder, out, checkpointing_steps=4, **settings))
+
+    assert run(pictures, max_train_steps=12).returncode == 0
+    refused = run(fewer, max_train_steps=12, resume_from_checkpoint="latest")
+    assert refused.returncode == 2
+    assert "made with other pictures or captions" in refused.stderr
+    past = run(pictures, max_train_steps=8, resume_from_checkpoint="latest")
+    assert past.returncode == 2
+    assert "is past --max_train_steps 8" in past.stderr
+    assert run(fewer, max_train_steps=4).returncode == 0
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["checkpoint-000004.safetensors"]

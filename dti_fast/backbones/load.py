@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from dti_fast.errors import UserError
 
@@ -31,7 +32,7 @@ def check_model(name: str) -> None:
         if not index.is_file():
             raise UserError(f"{name!r} is no diffusers pipeline: it has no model_index.json")
         try:
-            _family(json.loads(index.read_text())["_class_name"], name)
+            _family(json.loads(index.read_text(encoding="utf-8"))["_class_name"], name)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{str(index)!r} is damaged: {error}") from None
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -69,7 +70,7 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device):
             family = _family(DiffusionPipeline.load_config(source)["_class_name"], name)
             extra = {} if family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtypes, **extra)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the model {name!r} cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -1,11 +1,10 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, its last hidden state conditions the UNet."""
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
 from dti_fast.errors import UserError
+from dti_fast.formats import hash_tensors
 
 
 class StableDiffusion:
@@ -15,9 +14,6 @@ class StableDiffusion:
         pipeline: the diffusers pipeline; previews run on it.
         text_encoders, tokenizers: in the order in which embedding files name them.
     """
-
-    family = "sd"
-    embedding_keys = ("emb_params",)
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
@@ -71,7 +67,6 @@ class StableDiffusion:
 
     def fingerprint(self) -> str:
         """A short hash of some of the weights: tells models apart, whatever their folder is called."""
-        digest = hashlib.sha256()
-        for weight in (self.text_encoders[0].get_input_embeddings().weight[:64], self.unet.conv_in.weight):
-            digest.update(weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        weights = [text_encoder.get_input_embeddings().weight[:64] for text_encoder in self.text_encoders]
+        weights += [self.unet.conv_in.weight, next(self.unet.mid_block.parameters()), self.unet.conv_out.weight]
+        return hash_tensors(weight.to(torch.bfloat16) for weight in weights)

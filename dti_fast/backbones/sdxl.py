@@ -7,8 +7,7 @@ from dti_fast.backbones.sd import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
-    family = "sdxl"
-    embedding_keys = ("clip_l", "clip_g")
+    """As StableDiffusion, with `text_encoder_2` second in both lists."""
 
     def __init__(self, pipeline):
         super().__init__(pipeline)

@@ -32,8 +32,11 @@ class Draws:
     posterior_noise: Tensor  # [B, C, h, w]
     noise: Tensor  # [B, C, h, w]
 
-    def to(self, device) -> "Draws":
-        return Draws(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+    def to(self, device: torch.device) -> "Draws":
+        tensors = vars(self).values()
+        if device.type == "cuda":  # only pinned memory is copied without waiting
+            tensors = (t.pin_memory() for t in tensors)
+        return Draws(*(t.to(device, non_blocking=True) for t in tensors))
 
 
 def draw(data: Dataset, batch: int, timesteps: int, seed: int, position: int) -> Draws:
@@ -42,7 +45,8 @@ def draw(data: Dataset, batch: int, timesteps: int, seed: int, position: int) ->
     Made on the CPU, so that they are the same whatever the device.  Pictures come in shuffled epochs.
     """
     count = len(data.mean)
-    generator = torch.Generator().manual_seed((seed << 32) + position)
+    # Hashed into 32 bits, all that torch's CPU generator keeps of a seed.
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {position}").getrandbits(32))
     picture = torch.empty(batch, dtype=torch.long)
     for b in range(batch):
         epoch, place = divmod(position * batch + b, count)

@@ -44,11 +44,17 @@ def find_pictures(folder: Path) -> list[Picture]:
             broken.append(path.name)
             warnings.warn(f"skipping {path.name}: it cannot be read as a picture ({error})", stacklevel=2)
             continue
-        caption = path.with_suffix(".txt")
-        pictures.append(Picture(path, caption.read_text(encoding="utf-8").strip() if caption.is_file() else None))
+        pictures.append(Picture(path, _read_caption(path.with_suffix(".txt"))))
     if not pictures:
         raise UserError(f"no picture in {str(folder)!r} can be read; broken: {', '.join(broken)}")
     return pictures
+
+
+def _read_caption(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else None
+    except UnicodeDecodeError:
+        raise UserError(f"{str(path)!r} is not UTF-8 text; save it as such") from None
 
 
 def load_pictures(pictures: list[Picture], resolution: int) -> tuple[Tensor, Tensor]:

@@ -357,6 +357,7 @@ def export(out: Path, tokenizer, text_encoder, vae, unet) -> None:
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(tokenizer.source_folder / name, temporary / "tokenizer" / name)
+    (temporary / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # follows from those two
     shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)
 

@@ -306,7 +306,6 @@ def _draw_creature(c: _Canvas, creature: Creature, accessory: str | None, rng: r
             skin.oval(x + dx * rx / 9, y + dy * ry / 9, 1.6, 1.6, marking)
     elif creature.pattern == "bellied":
         skin.oval(x, y + 0.62 * ry, 0.62 * rx, 0.55 * ry, marking)
-    c._draw.bitmap((0, 0), mask, fill=body)
     c._draw._image.paste(skin_image, (0, 0), mask)
 
     eye_y = y - 0.12 * ry + (1.5 if creature.shape == "pointed" else 0)

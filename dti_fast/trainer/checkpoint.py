@@ -26,16 +26,17 @@ def _tensors(embeddings: list[TokenEmbedding], optimizer: SphericalSGD) -> dict[
     return tensors
 
 
-def _identity(config: TrainConfig, fingerprint: str) -> dict:
-    return {"method": "dti", "model": fingerprint, "settings": config.trajectory()}
+def identity(config: TrainConfig, model: str, data: str) -> dict:
+    """What a checkpoint belongs to: the method, hashes of the model and of pictures and prompts, the settings."""
+    return {"method": "dti", "model": model, "data": data, "settings": config.trajectory()}
 
 
-def save_checkpoint(config: TrainConfig, fingerprint: str, step: int, embeddings, optimizer, scaler) -> Path:
+def save_checkpoint(config: TrainConfig, identity: dict, step: int, embeddings, optimizer, scaler) -> Path:
     """Write the state after `step` optimizer steps, and delete all but the newest checkpoints."""
     folder = config.output_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{step:06d}.safetensors"
-    metadata = {"step": step, "scaler": scaler.state_dict(), **_identity(config, fingerprint)}
+    metadata = {"step": step, "scaler": scaler.state_dict(), **identity}
     write_tensors(_tensors(embeddings, optimizer), path, metadata)
     for old in _checkpoints(folder)[: -config.checkpoints_total_limit]:
         old.unlink(missing_ok=True)
@@ -43,7 +44,14 @@ def save_checkpoint(config: TrainConfig, fingerprint: str, step: int, embeddings
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(p.name))
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*.safetensors")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
+
+
+def forget_checkpoints(config: TrainConfig) -> None:
+    """Delete an earlier run's checkpoints, so that "latest" cannot mean one of them."""
+    for path in _checkpoints(config.output_dir / "checkpoints"):
+        path.unlink()
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -59,20 +67,25 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return path
 
 
-def load_checkpoint(path: Path, config: TrainConfig, fingerprint: str, embeddings, optimizer, scaler) -> int:
+def load_checkpoint(path: Path, config: TrainConfig, expected: dict, embeddings, optimizer, scaler) -> int:
     """Put a checkpoint's state into the embeddings and the optimizer; returns its step.
 
     Raises:
-        UserError: if it is of another method, model or settings, so that continuing would be another run.
+        UserError: if it is of another method, model, data or settings (`identity`), so that continuing would be another
+            run, or past the last step.
     """
     stored, header = read_tensors(path)
     if "step" not in header:
         raise UserError(f"{str(path)!r} is no checkpoint of a dti-fast run")
-    expected = _identity(config, fingerprint)
     if header["method"] != expected["method"]:
         raise UserError(f"{path.name} is a checkpoint of the method {header['method']!r}, not {expected['method']!r}")
     if header["model"] != expected["model"]:
         raise UserError(f"{path.name} was made with another model; start anew or give the model it was made with")
+    if header["data"] != expected["data"]:
+        raise UserError(f"{path.name} was made with other pictures or captions; use the same, or start anew")
+    step = int(header["step"])
+    if step > config.max_train_steps:
+        raise UserError(f"{path.name} is past --max_train_steps {config.max_train_steps}; give more, or start anew")
     settings = json.loads(header["settings"])
     differing = [k for k, v in json.loads(json.dumps(expected["settings"])).items() if settings.get(k) != v]
     if differing:
@@ -85,4 +98,4 @@ def load_checkpoint(path: Path, config: TrainConfig, fingerprint: str, embedding
         device = embedding.directions.device
         optimizer.state[embedding.directions] = {k: v.to(device, torch.float32) for k, v in state.items()}
     scaler.load_state_dict(json.loads(header["scaler"]))
-    return int(header["step"])
+    return step

@@ -135,17 +135,25 @@ class TrainConfig:
         if not values["placeholder_token"].strip() or any(c.isspace() for c in values["placeholder_token"]):
             raise UserError("--placeholder_token must be one word, such as <dog>")
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                     "checkpoints_total_limit", "logging_steps"):  # fmt: skip
-            if values[name] < 1:
+                     "checkpoints_total_limit", "logging_steps", "num_vectors", "validation_steps"):  # fmt: skip
+            if values[name] is not None and values[name] < 1:
                 raise UserError(f"--{name} must be at least 1, got {values[name]}")
         for name in ("learning_rate", "kappa", "lr_warmup_steps", "num_validation_images"):
-            if values[name] < 0:
+            if not values[name] >= 0:  # nor NaN
                 raise UserError(f"--{name} must not be negative, got {values[name]}")
+        if not isinstance(self.magnitude, str) and not self.magnitude > 0:
+            raise UserError(f"--magnitude must be positive, got {self.magnitude}")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"--seed must lie in [0, 2147483648), got {self.seed}")
         if not 0 <= self.beta < 1:
             raise UserError(f"--beta must lie in [0, 1), got {self.beta}")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise UserError(f"--resolution must be a multiple of 8, got {self.resolution}")
         check_model(values["pretrained_model_name_or_path"])
+        # Absolute, so that the configuration written beside the output works from any folder.
+        values["train_data_dir"] = Path(values["train_data_dir"]).absolute()
+        if Path(values["pretrained_model_name_or_path"]).exists() and not pocket:
+            values["pretrained_model_name_or_path"] = str(Path(values["pretrained_model_name_or_path"]).absolute())
         return TrainConfig(**values)
 
     def trajectory(self) -> dict:
@@ -157,11 +165,11 @@ class TrainConfig:
         return {k: v for k, v in asdict(self).items() if k not in free}
 
     def to_toml(self) -> str:
-        """The configuration as `--config` reads it."""
+        """The configuration as `--config` reads it, for a run from the start."""
         lines = []
         for name, value in asdict(self).items():
             if isinstance(value, Path):
                 value = str(value)
-            if value is not None:
+            if value is not None and name != "resume_from_checkpoint":
                 lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(lines) + "\n"

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,10 @@ from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments
 from dti_fast.data.prompts import training_prompts
 from dti_fast.errors import UserError
-from dti_fast.formats import write_embeddings
+from dti_fast.formats import hash_tensors, write_embeddings, write_text
 from dti_fast.optim import SphericalSGD
 from dti_fast.tokens import TokenEmbedding
-from dti_fast.trainer.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from dti_fast.trainer.checkpoint import find_checkpoint, forget_checkpoints, identity, load_checkpoint, save_checkpoint
 from dti_fast.trainer.config import TrainConfig
 from dti_fast.trainer.monitor import GRADIENT_DEADLINE, Monitor
 from dti_fast.trainer.preview import save_preview
@@ -62,20 +62,27 @@ def learning_rates(config: TrainConfig) -> Tensor:
     return rates.float()
 
 
-def train_step(backbone, data, alphas, prediction_type, passes, embeddings, optimizer, scaler) -> tuple[Tensor, Tensor]:
-    """One optimizer step over `passes`; returns the loss and 1 if it failed, both on the device.
+def train_step(
+    backbone, data, alphas, prediction_type, passes, embeddings, optimizer, scaler, failed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step over `passes`; returns the loss and whether the run has failed, 0 or 1, on the device.
 
-    Nothing here waits for the device.  If the loss or a gradient is not finite, no direction moves.
+    Nothing here waits for the device.  If the loss is not finite, no direction moves, now or later: `failed`, which the
+    caller hands from step to step, makes every further loss NaN, so that the state stays the last good one until
+    the host looks.  Gradients that overflow under an enabled scaler skip one update and are no failure.
     """
     optimizer.zero_grad(set_to_none=False)
     total = 0
     for draws in passes:
         loss = diffusion_loss(backbone, data, alphas, prediction_type, draws) / len(passes)
+        loss = loss * torch.where(failed > 0, torch.nan, 1.0)
         scaler.scale(loss).backward()
         total = total + loss.detach()
-    gradients = sum(embedding.directions.grad.sum() for embedding in embeddings)
-    failed = (~torch.isfinite(total + gradients)).float()
+    health = total
     if not scaler.is_enabled():  # an enabled scaler finds overflows itself
+        health = total + sum(embedding.directions.grad.sum() for embedding in embeddings)
+    failed = (~torch.isfinite(health)).float()
+    if not scaler.is_enabled():
         optimizer.found_inf = failed
     scaler.step(optimizer)
     scaler.update()
@@ -88,6 +95,18 @@ def pick_precision(choice: str, device: torch.device) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice]
+
+
+def check_prompts(prompts: list[str], prompt_ids: list[Tensor], embeddings: list[TokenEmbedding]) -> None:
+    """Raise a UserError if a text encoder does not see the whole concept in a prompt."""
+    for ids, embedding in zip(prompt_ids, embeddings, strict=True):
+        last_id = embedding.first_id + len(embedding.tokens) - 1
+        for prompt, row in zip(prompts, ids.tolist(), strict=True):
+            if last_id not in row:
+                raise UserError(
+                    f"the prompt {prompt[:40]!r}... is too long: the placeholder lies beyond the {len(row)} tokens "
+                    "that the text encoder sees; shorten the caption"
+                )
 
 
 def check_output(folder: Path) -> None:
@@ -119,7 +138,9 @@ def train(config: TrainConfig) -> Result:
 
     with console.status("loading the model"):
         backbone = load_backbone(config.pretrained_model_name_or_path, dtype, device)
-    fingerprint = backbone.fingerprint()
+    config = replace(
+        config, mixed_precision={torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    )
     backbone.set_pooling(config.pooling)
     embeddings = [
         TokenEmbedding.install(
@@ -140,6 +161,9 @@ def train(config: TrainConfig) -> Result:
         ).input_ids
         for embedding, tokenizer in zip(embeddings, backbone.tokenizers, strict=True)
     ]  # fmt: skip
+    check_prompts(prompts, prompt_ids, embeddings)
+    fingerprint = backbone.fingerprint()
+    run_identity = identity(config, fingerprint, hash_tensors([pixels, *prompt_ids]))
     data = Dataset(mean, std, sizes, prompt_ids, prompt_per_picture).to(device)
     alphas, prediction_type = backbone.noise_schedule()
     alphas = alphas.to(device)
@@ -153,12 +177,15 @@ def train(config: TrainConfig) -> Result:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = 0
     if checkpoint is not None:
-        step = load_checkpoint(checkpoint, config, fingerprint, embeddings, optimizer, scaler)
+        step = load_checkpoint(checkpoint, config, run_identity, embeddings, optimizer, scaler)
         console.print(f"resuming after step {step}")
+    else:
+        forget_checkpoints(config)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / "config.toml").write_text(config.to_toml())
+    write_text(config.to_toml(), config.output_dir / "config.toml")
 
     log_path = config.output_dir / "log.jsonl"
+    failed = torch.zeros((), device=device)
     with Monitor(log_path, embeddings, step, config.max_train_steps, config.samples_per_step) as monitor:
         while step < config.max_train_steps:
             lr.copy_(device_rates[step])
@@ -167,19 +194,29 @@ def train(config: TrainConfig) -> Result:
                 draw(data, config.train_batch_size, len(alphas), config.seed, first_pass + i)
                 for i in range(config.gradient_accumulation_steps)
             ]
-            loss, failed = train_step(backbone, data, alphas, prediction_type, passes, embeddings, optimizer, scaler)
+            loss, failed = train_step(
+                backbone, data, alphas, prediction_type, passes, embeddings, optimizer, scaler, failed
+            )
             step += 1
             monitor.record(step, loss, failed)
             last = step == config.max_train_steps
-            if step % config.logging_steps == 0 or step == GRADIENT_DEADLINE or last:
-                try:
-                    monitor.log(step, rates[step - 1].item(), tolerate_failures=scaler.is_enabled())
-                except UserError:
-                    save_checkpoint(config, fingerprint, step, embeddings, optimizer, scaler)
-                    raise
-            if step % config.checkpointing_steps == 0 or last:
-                save_checkpoint(config, fingerprint, step, embeddings, optimizer, scaler)
-            if config.validation_steps and step % config.validation_steps == 0 and not last:
+            log_now = step % config.logging_steps == 0 or step == GRADIENT_DEADLINE or last
+            save_now = step % config.checkpointing_steps == 0 or last
+            if log_now or save_now:
+                good = monitor.last_good_step(step)
+                if good < step:
+                    if good:
+                        save_checkpoint(config, run_identity, good, embeddings, optimizer, scaler)
+                    raise UserError(
+                        f"the loss was not finite at step {good + 1}; the state before it is kept as a checkpoint. "
+                        "Try --mixed_precision no, or look at the pictures"
+                    )
+            if log_now:
+                monitor.log(step, rates[step - 1].item())
+            if save_now:
+                save_checkpoint(config, run_identity, step, embeddings, optimizer, scaler)
+            preview_now = config.validation_steps and step % config.validation_steps == 0 and not last
+            if preview_now and config.num_validation_images:
                 save_preview(config, backbone, embeddings, pictures, config.output_dir / f"preview-{step:06d}.png")
 
     metadata = {

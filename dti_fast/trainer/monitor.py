@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dti_fast import sphere
 from dti_fast.errors import UserError
+from dti_fast.formats import write_text
 from dti_fast.tokens import TokenEmbedding
 
 GRADIENT_DEADLINE = 20  # steps within which a gradient must have arrived
@@ -22,11 +23,10 @@ class Monitor:
     def __init__(
         self, path: Path, embeddings: list[TokenEmbedding], first_step: int, steps: int, samples_per_step: int
     ):
-        self.path, self.embeddings, self.samples_per_step = path, embeddings, samples_per_step
+        self.path, self.embeddings, self.steps, self.samples_per_step = path, embeddings, steps, samples_per_step
         self.first_step, self.started = first_step, time.monotonic()
         device = embeddings[0].directions.device
         self.loss_sum = torch.zeros((), device=device)
-        self.failures = torch.zeros((), device=device)
         self.first_failure = torch.full((), math.inf, device=device)
         self.largest_gradient = torch.zeros((), device=device)
         self.lines = []
@@ -52,48 +52,41 @@ class Monitor:
         self.progress.stop()
 
     def record(self, step: int, loss: Tensor, failed: Tensor) -> None:
-        """Take note of optimizer step `step` (the first is 1); `failed` is 1 where its update was skipped."""
-        self.loss_sum += torch.where(failed > 0, 0.0, loss)
-        self.failures += failed
+        """Take note of step `step`, the first is 1; `failed` is 1 from the first loss that was not finite on."""
+        self.loss_sum += loss
         self.first_failure = torch.where(failed > 0, self.first_failure.clamp(max=step), self.first_failure)
-        if step - self.first_step <= GRADIENT_DEADLINE:
+        if step <= GRADIENT_DEADLINE:
             for embedding in self.embeddings:
                 self.largest_gradient = torch.maximum(self.largest_gradient, embedding.directions.grad.abs().max())
         self.progress.advance(self.task)
 
-    def log(self, step: int, learning_rate: float, tolerate_failures: bool) -> None:
+    def last_good_step(self, step: int) -> int:
+        """The last step before the first failure, or `step` if all went well; waits for the device."""
+        return int(min(step, self.first_failure.item() - 1))
+
+    def log(self, step: int, learning_rate: float) -> None:
         """Write a line about the steps since the last one.
 
         Raises:
-            UserError: if a loss was not finite, or no gradient has reached the embeddings.
+            UserError: if no gradient has reached the embeddings by the deadline, or by the end of a shorter run.
         """
-        count = step - self.logged_step - self.failures.item()
+        if step == min(GRADIENT_DEADLINE, self.steps) and self.largest_gradient.item() == 0:
+            raise UserError(
+                "no gradient has reached the embedding, so nothing is learned: is the placeholder in the prompts?"
+            )
         seconds = time.monotonic() - self.started
         angles = [sphere.distance(e.directions.detach(), e.mu).rad2deg().mean().item() for e in self.embeddings]
         line = {
             "step": step,
-            "loss": self.loss_sum.item() / count if count else None,
+            "loss": self.loss_sum.item() / (step - self.logged_step),
             "learning_rate": learning_rate,
             "angle_degrees": angles,
             "magnitude": [e.vectors().detach().norm(dim=-1).mean().item() for e in self.embeddings],
             "seconds": round(seconds, 3),
         }
-        if self.failures.item() and not tolerate_failures:
-            raise UserError(
-                f"the loss was not finite at step {int(self.first_failure.item())}; that update was not made and the "
-                "last good state is kept as a checkpoint. Try --mixed_precision no, or look at the pictures"
-            )
-        if self.first_step == 0 and step <= GRADIENT_DEADLINE and self.largest_gradient.item() == 0 and count:
-            raise UserError(
-                "no gradient has reached the embedding, so nothing is learned: the placeholder is not in the prompts "
-                "that the text encoder sees (are the captions longer than its window?)"
-            )
         self.lines.append(json.dumps(line))
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("\n".join(self.lines) + "\n")
-        temporary.replace(self.path)
+        write_text("\n".join(self.lines) + "\n", self.path)
         rate = (step - self.first_step) * self.samples_per_step / max(seconds, 1e-9)
-        self.progress.update(self.task, loss=line["loss"] or math.nan, angle=max(angles), rate=rate)
+        self.progress.update(self.task, loss=line["loss"], angle=max(angles), rate=rate)
         self.loss_sum.zero_()
-        self.failures.zero_()
         self.logged_step = step

@@ -93,7 +93,9 @@ def save_preview(config: TrainConfig, backbone, embeddings, pictures, path: Path
     for module in backbone.modules():
         module.eval()
     rows = [("training pictures", [_centre_square(p.path) for p in pictures[:8]])]
-    first = prompts[0].replace("{}", config.initializer_token)
+    first = (
+        prompts[0].replace("{}", config.placeholder_token).replace(config.placeholder_token, config.initializer_token)
+    )
     for label, prompt in [(first, first)] + [(p.replace("{}", config.placeholder_token),) * 2 for p in prompts]:
         images = generate(
             backbone.pipeline, prompt, config.num_validation_images, config.seed,
