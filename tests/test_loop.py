@@ -45,17 +45,12 @@ def test_a_step_never_waits_for_the_device(tiny_pipelines, family):
     backbone, data, embeddings, optimizer, scaler = setup(tiny_pipelines[family], "meta")
     alphas, prediction_type = backbone.noise_schedule()
     passes = [draw(data, 4, 1000, 0, i) for i in range(2)]
-    loss, failed = train_step(
-        backbone,
-        data,
-        alphas.to("meta"),
-        prediction_type,
-        passes,
-        embeddings,
-        optimizer,
-        scaler,
-        torch.zeros((), device="meta"),
-    )
+    failed = torch.zeros((), device="meta")
+    arguments = (backbone, data, alphas.to("meta"), prediction_type, passes, embeddings, optimizer, scaler)
+    monitor = Monitor("unused", embeddings, 0, 100, 8)
+    for step in (1, 2):
+        loss, failed = train_step(*arguments, failed)
+        monitor.record(step, loss, failed)
     assert loss.device.type == failed.device.type == "meta"
     assert all(e.directions.grad.shape == e.directions.shape for e in embeddings)
 

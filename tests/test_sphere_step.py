@@ -270,3 +270,18 @@ def test_graph_capture(lane):
         graph.replay()
         sphere_step_(*twin, **options)
     assert torch.equal(arguments[0], twin[0]) and torch.equal(arguments[3], twin[3])
+
+
+def test_optimizer_follows_its_parameter_to_another_device():
+    """mu and a state that was loaded stay where they were: torch moves neither."""
+    p = torch.nn.Parameter(torch.nn.functional.normalize(torch.randn(2, 8), dim=-1))
+    optimizer = SphericalSGD([p], lr=1, kappa=0.1, mu=p.detach().clone(), beta=0.5)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = optimizer.state_dict()
+    moved = torch.nn.Parameter(p.detach().to("meta"))
+    other = SphericalSGD([moved], lr=1, kappa=0.1, mu=p.detach().clone(), beta=0.5)
+    other.load_state_dict(state)
+    moved.grad = torch.empty_like(moved)
+    other.step()
+    assert other.state[moved]["step"].device.type == other.param_groups[0]["mu"].device.type == "meta"
