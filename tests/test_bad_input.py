@@ -20,7 +20,7 @@ def refused(run, message, out=None):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train_data_dir": "nowhere"}, "there is no folder 'nowhere'"),
+        ({"train_data_dir": "nowhere"}, "/nowhere'; --train_data_dir takes a folder"),
         ({"pretrained_model_name_or_path": "no such model"}, "there is no model 'no such model'"),
         ({"initializer_token": " "}, "--initializer_token is empty"),
         ({"placeholder_token": "two words"}, "must be one word"),

@@ -195,6 +195,7 @@ def test_draws_are_a_function_of_position_and_epochs_are_permutations(tiny_pipel
 
 def test_learning_rates():
     def rates(**settings):
+        settings = {"lr_scheduler": "constant", **settings}
         return learning_rates(TrainConfig(max_train_steps=10, **settings)).tolist()
 
     assert rates() == pytest.approx([0.04] * 10)
