@@ -68,3 +68,16 @@ def kept(layer, x, frozen=()):
         total[dtype] = total.get(dtype, 0) + size
     del out
     return total
+
+
+def capture(step):
+    """A CUDA graph of `step`, warmed up on a side stream as capture demands, and what `step` returned in it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import FLOATS, LANES, check, framed, kept, poisoned, run
+from accuracy import FLOATS, LANES, capture, check, framed, kept, poisoned, run
 
 from dti_fast.ops import geglu
 from dti_fast.reference import geglu as reference
@@ -132,14 +132,7 @@ def test_graph_capture(lane):
     def step():
         return run(geglu, projected, weight)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for _ in range(3):
         projected.mul_(0.9)
         graph.replay()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import FLOATS, LANES, check, framed, kept, poisoned, run
+from accuracy import FLOATS, LANES, capture, check, framed, kept, poisoned, run
 
 from dti_fast.ops import group_norm_silu
 from dti_fast.reference import group_norm_silu as reference
@@ -274,14 +274,7 @@ def test_graph_capture(lane, format):
     def step():
         return run(lambda x: group_norm_silu(x, 32, weight, bias, EPS), x, grad)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for _ in range(3):
         x.mul_(0.9).add_(0.1)
         graph.replay()

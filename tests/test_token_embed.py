@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import capture
 
 from dti_fast.ops import token_embed
 from dti_fast.reference import token_embed as reference
@@ -208,14 +209,7 @@ def test_graph_capture(lane):
         out = token_embed(ids, vocabulary, directions, magnitudes, first_id)
         return out, torch.autograd.grad(out.float().square().sum(), directions)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for shift in range(3):
         ids.copy_((ids + shift) % (first_id + 4))
         graph.replay()
