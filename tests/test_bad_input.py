@@ -127,7 +127,7 @@ main()
     arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out")
     command = [sys.executable, "-c", poisoned, *map(str, arguments)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    refused(run, "the loss was not finite at step 13")
+    refused(run, "the loss or its gradient was not finite at step 13; the state before it is kept")
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-000012.safetensors"]
     assert not list((tmp_path / "out").glob("learned*"))
 

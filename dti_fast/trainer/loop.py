@@ -207,8 +207,9 @@ def train(config: TrainConfig) -> Result:
                 if good < step:
                     if good:
                         save_checkpoint(config, run_identity, good, embeddings, optimizer, scaler)
+                    kept = "; the state before it is kept as a checkpoint" if good else ""
                     raise UserError(
-                        f"the loss was not finite at step {good + 1}; the state before it is kept as a checkpoint. "
+                        f"the loss or its gradient was not finite at step {good + 1}{kept}. "
                         "Try --mixed_precision no, or look at the pictures"
                     )
             if log_now:
