@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dti_fast.formats import read_tensors, write_tensors
 
-STEPS = 60
+STEPS = 100
 SETTINGS = {
     "max_train_steps": STEPS,
     "checkpointing_steps": 1,
