@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks._harness import provenance
 from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.data.draws import Dataset, Draws
 from dti_fast.data.folder import find_pictures, load_pictures
@@ -107,7 +108,9 @@ def main() -> None:
                 rows.setdefault(label, []).append(measure(creature, subject, embedding, folder / "held-out"))
         print(number, {label: results[-1] for label, results in rows.items()}, flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"steps": arguments.steps, "rows": rows}, indent=1) + "\n")
+    arguments.out.write_text(
+        json.dumps({**provenance(torch.device("cpu")), "steps": arguments.steps, "rows": rows}, indent=1) + "\n"
+    )
 
     print(f"\nMean over {arguments.creatures} creatures, {arguments.steps} steps\n")
     print("| called | " + " | ".join(MEASURES) + " |\n|---" + "|---" * len(MEASURES) + "|")

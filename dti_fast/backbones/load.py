@@ -71,7 +71,7 @@ def load_backbone(name: str, dtype: torch.dtype, device: torch.device):
             extra = {} if family == "sdxl" else {"safety_checker": None, "requires_safety_checker": False}
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtypes, **extra)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"the model {name!r} cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)

@@ -17,7 +17,7 @@ _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 
 
 def _tensors(embeddings: list[TokenEmbedding], optimizer: SphericalSGD) -> dict[str, Tensor]:
-    """Every tensor that training changes, by name; loading writes into the same tensors."""
+    """Every tensor that training changes, by name: `directions.0`, `step.0`, ..., one number for each text encoder."""
     tensors = {}
     for i, embedding in enumerate(embeddings):
         tensors[f"directions.{i}"] = embedding.directions.data
@@ -31,12 +31,12 @@ def identity(config: TrainConfig, model: str, data: str) -> dict:
     return {"method": "dti", "model": model, "data": data, "settings": config.trajectory()}
 
 
-def save_checkpoint(config: TrainConfig, identity: dict, step: int, embeddings, optimizer, scaler) -> Path:
+def save_checkpoint(config: TrainConfig, belongs_to: dict, step: int, embeddings, optimizer, scaler) -> Path:
     """Write the state after `step` optimizer steps, and delete all but the newest checkpoints."""
     folder = config.output_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{step:06d}.safetensors"
-    metadata = {"step": step, "scaler": scaler.state_dict(), **identity}
+    metadata = {"step": step, "scaler": scaler.state_dict(), **belongs_to}
     write_tensors(_tensors(embeddings, optimizer), path, metadata)
     for old in _checkpoints(folder)[: -config.checkpoints_total_limit]:
         old.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return path
 
 
-def load_checkpoint(path: Path, config: TrainConfig, expected: dict, embeddings, optimizer, scaler) -> int:
+def load_checkpoint(path: Path, config: TrainConfig, belongs_to: dict, embeddings, optimizer, scaler) -> int:
     """Put a checkpoint's state into the embeddings and the optimizer; returns its step.
 
     Raises:
@@ -77,17 +77,17 @@ def load_checkpoint(path: Path, config: TrainConfig, expected: dict, embeddings,
     stored, header = read_tensors(path)
     if "step" not in header:
         raise UserError(f"{str(path)!r} is no checkpoint of a dti-fast run")
-    if header["method"] != expected["method"]:
+    if header["method"] != belongs_to["method"]:
         raise UserError(f"{path.name} is a checkpoint of the method {header['method']!r}, not {expected['method']!r}")
-    if header["model"] != expected["model"]:
+    if header["model"] != belongs_to["model"]:
         raise UserError(f"{path.name} was made with another model; start anew or give the model it was made with")
-    if header["data"] != expected["data"]:
+    if header["data"] != belongs_to["data"]:
         raise UserError(f"{path.name} was made with other pictures or captions; use the same, or start anew")
     step = int(header["step"])
     if step > config.max_train_steps:
         raise UserError(f"{path.name} is past --max_train_steps {config.max_train_steps}; give more, or start anew")
     settings = json.loads(header["settings"])
-    differing = [k for k, v in json.loads(json.dumps(expected["settings"])).items() if settings.get(k) != v]
+    differing = [k for k, v in json.loads(json.dumps(belongs_to["settings"])).items() if settings.get(k) != v]
     if differing:
         changes = ", ".join(f"{k} (was {settings.get(k)})" for k in differing)
         raise UserError(f"{path.name} was made with other settings: {changes}; use the same, or start anew")

@@ -18,7 +18,7 @@ GRADIENT_DEADLINE = 20  # steps within which a gradient must have arrived
 
 
 class Monitor:
-    """Collects numbers on the device; reads them, and so waits for it, only when a line is logged."""
+    """Collects numbers on the device; reads them, and so waits for it, only for a log line or a checkpoint."""
 
     def __init__(
         self, path: Path, embeddings: list[TokenEmbedding], first_step: int, steps: int, samples_per_step: int
@@ -31,7 +31,9 @@ class Monitor:
         self.largest_gradient = torch.zeros((), device=device)
         self.lines = []
         if first_step and path.is_file():
-            self.lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+            self.lines = [
+                line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= first_step
+            ]
         self.logged_step = first_step
         self.progress = Progress(
             TextColumn("{task.description}"),
