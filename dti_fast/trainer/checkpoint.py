@@ -78,7 +78,7 @@ def load_checkpoint(path: Path, config: TrainConfig, belongs_to: dict, embedding
     if "step" not in header:
         raise UserError(f"{str(path)!r} is no checkpoint of a dti-fast run")
     if header["method"] != belongs_to["method"]:
-        raise UserError(f"{path.name} is a checkpoint of the method {header['method']!r}, not {expected['method']!r}")
+        raise UserError(f"{path.name} is a checkpoint of the method {header['method']!r}, not {belongs_to['method']!r}")
     if header["model"] != belongs_to["model"]:
         raise UserError(f"{path.name} was made with another model; start anew or give the model it was made with")
     if header["data"] != belongs_to["data"]:

@@ -97,7 +97,7 @@ class TrainConfig:
     num_validation_images: Annotated[int, Parameter(group=_output)] = 4
     """Preview pictures for each prompt; 0 makes no preview."""
     logging_steps: Annotated[int, Parameter(group=_output)] = 10
-    """Steps between lines of log.jsonl; besides checkpoints and previews, all that makes the run wait for the device."""
+    """Steps between lines of log.jsonl. Only these, checkpoints and previews make the run wait for the device."""
 
     @property
     def effective_learning_rate(self) -> float:
