@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from benchmarks._models import Task, make_task
 from benchmarks._peers import SEED
 from dti_fast.data.draws import draw
-from dti_fast.frozen.live_bytes import LiveBytes
+from dti_fast.memory.live_bytes import LiveBytes
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dti_fast.evaluate.pocket_bench import PROMPTS
+from dti_fast.pocket.bench import PROMPTS
 from dti_fast.evaluate.statistics import bootstrap
 from dti_fast.formats import write_text
 

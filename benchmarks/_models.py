@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dti_fast.backbones.blank import blank_backbone
+from dti_fast.backbones.skeleton import skeleton
 from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.data.draws import Dataset
 from dti_fast.data.folder import find_pictures, load_pictures
@@ -56,7 +56,7 @@ def make_task(model: str, resolution: int, batch: int, dtype: torch.dtype, devic
         initializer = "creature"
     else:
         with device:  # the layers' own random initialisation, made where it is used
-            backbone = blank_backbone(model, dtype)
+            backbone = skeleton(model, dtype)
         pixels = torch.rand(5, 3, resolution, resolution, generator=torch.Generator().manual_seed(0)) * 2 - 1
         sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * 5)
         initializer = "dog"

@@ -21,7 +21,7 @@ import torch
 from benchmarks._harness import append, provenance
 from dti_fast import TokenEmbedding
 from dti_fast.backbones.load import POCKET, load_backbone
-from dti_fast.frozen.live_bytes import LiveBytes
+from dti_fast.memory.live_bytes import LiveBytes
 
 MODES = ("stock", "none", "geglu", "block")
 MIB = 1 << 20

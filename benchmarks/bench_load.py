@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks._harness import provenance
-from dti_fast.backbones.blank import blank_backbone
+from dti_fast.backbones.skeleton import skeleton
 from dti_fast.backbones.load import load_backbone
 from dti_fast.frozen.quantise import PRECISIONS
 
@@ -64,7 +64,7 @@ def main() -> None:
     origin = provenance(CPU)
     with tempfile.TemporaryDirectory() as name:
         model, cache = Path(name) / "model", Path(name) / "cache"
-        blank_backbone("pocket" if options.smoke else "sd15", torch.bfloat16).pipeline.save_pretrained(model)
+        skeleton("pocket" if options.smoke else "sd15", torch.bfloat16).pipeline.save_pretrained(model)
         ways = {"bf16": ("bf16", None)}
         for precision in PRECISIONS:
             if not torch.equal(*(prediction(load(model, precision, cache)) for _ in range(2))):

@@ -23,7 +23,7 @@ from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.data.draws import Dataset, Draws
 from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments
-from dti_fast.evaluate.pocket_bench import HELD_OUT_PLACES, Clauses, Scale, prompt_fidelity
+from dti_fast.pocket.bench import HELD_OUT_PLACES, Clauses, Scale, prompt_fidelity
 from dti_fast.formats import load_embedding, load_lora
 from dti_fast.pocket import world
 from dti_fast.pocket.build import draw_concept

@@ -25,8 +25,8 @@ from benchmarks._harness import provenance
 from benchmarks.pocket_samples import through_autoencoder
 from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.blend import blend
-from dti_fast.evaluate import pocket_bench
-from dti_fast.evaluate.pocket_bench import CREATURES, HELD_OUT_PLACES, Clauses, PocketBench, Scale
+from dti_fast.pocket import bench as pocket_bench
+from dti_fast.pocket.bench import CREATURES, HELD_OUT_PLACES, Clauses, PocketBench, Scale
 from dti_fast.formats import read_embeddings, write_text
 from dti_fast.pocket import world
 from dti_fast.pocket.recognise import FEATURES, Recognition

@@ -70,7 +70,7 @@ class Context(NamedTuple):
 
 
 def environment(context: Context) -> None:
-    from dti_fast.doctor import report
+    from dti_fast.commands.doctor import report
 
     text = report()
     if shutil.which("nvidia-smi"):
@@ -306,14 +306,14 @@ def _arguments(model: str | Path, output: Path, settings: dict) -> list:
 
 def _random_folder(context: Context, model: str) -> Path:
     """A diffusers folder of the real size with random weights, made on the device once and then kept."""
-    from dti_fast.backbones.blank import blank_backbone
+    from dti_fast.backbones.skeleton import skeleton
 
     folder = Path(tempfile.gettempdir()) / f"dti-fast-random-{model}"
     if not folder.exists():
         start = time.monotonic()
         partial = folder.with_suffix(".partial")
         with context.device:
-            blank_backbone(model, torch.bfloat16).pipeline.save_pretrained(partial)
+            skeleton(model, torch.bfloat16).pipeline.save_pretrained(partial)
         partial.rename(folder)
         torch.cuda.empty_cache()
         context.record("seconds to write a random model", time.monotonic() - start)

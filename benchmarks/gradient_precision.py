@@ -61,7 +61,7 @@ def shallow_sdxl() -> tuple:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from dti_fast.backbones.configs import config_folder
-    from dti_fast.backbones.sdxl import StableDiffusionXL
+    from dti_fast.backbones.stable_diffusion_xl import StableDiffusionXL
 
     torch.manual_seed(0)
     folder = config_folder("sdxl")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dti_fast.backbones.load import POCKET, load_backbone
-from dti_fast.evaluate.pocket_bench import PROMPTS, PocketBench
+from dti_fast.pocket.bench import PROMPTS, PocketBench
 from dti_fast.pocket import world
 from dti_fast.pocket.build_recogniser import draw_scene
 from dti_fast.pocket.recognise import FEATURES, PARTS, Recognition

@@ -13,16 +13,17 @@ from dti_fast.tokens import TokenEmbedding
 __version__ = "0.1.0"
 
 _LAZY = {
-    "load_embedding": "dti_fast.formats",
+    "load_embedding": "dti_fast.pipelines",
     "optimize_frozen": "dti_fast.frozen",
     "restore": "dti_fast.frozen",
-    "train": "dti_fast.trainer.loop",
+    "Session": "dti_fast.session",
+    "train": "dti_fast.session",
     "TrainConfig": "dti_fast.trainer.config",
 }
 
 __all__ = [
-    "SphericalSGD", "TokenEmbedding", "load_embedding", "ops", "optimize_frozen", "restore", "sphere", "train",
-    "TrainConfig", "backends",
+    "SphericalSGD", "TokenEmbedding", "load_embedding", "ops", "optimize_frozen", "restore", "Session", "sphere",
+    "train", "TrainConfig", "backends",
 ]  # fmt: skip
 
 

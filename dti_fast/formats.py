@@ -1,21 +1,14 @@
-"""Embedding files of diffusers, A1111, Forge, ComfyUI, InvokeAI, kohya and OneTrainer; loading into pipelines."""
+"""Embedding files of diffusers, A1111, Forge, ComfyUI, InvokeAI, kohya and OneTrainer."""
 
-import hashlib
-import json
-import os
 import pickle
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dti_fast.errors import UserError
+from dti_fast.files import read_tensors, write_tensors
 
 # Keys of files that hold all text encoders.  The first of the pairs is what is written; the second is cog-sdxl's.
 SDXL_KEYS = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
@@ -39,43 +32,6 @@ class EmbeddingFile:
     vectors: dict[str, Tensor]
     ignored: list[str]
     metadata: dict[str, str]
-
-
-def hash_tensors(tensors: Iterable[Tensor]) -> str:
-    """A short hash of the tensors' values, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write UTF-8 under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    """Write a safetensors file under a temporary name, then rename it; metadata values become JSON strings."""
-    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # that of any new file: safetensors would make it readable by its owner alone
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
-    temporary.chmod(mode)
-    os.replace(temporary, path)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; UserError if it is none."""
-    if not path.is_file():
-        raise UserError(f"there is no file {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{str(path)!r} is not a safetensors file ({error})") from None
 
 
 def check_token(token: str, flag: str) -> None:
@@ -231,53 +187,6 @@ def read_embeddings(path: Path, *, allow_pickle: bool = False) -> tuple[list[Ten
     return list(file.vectors.values()), file.metadata
 
 
-def load_embedding(pipeline, path: str | Path, *, token: str | None = None, pooling: str = "eos") -> str:
-    """Load a concept into a stock diffusers pipeline; returns the token to write in prompts.
-
-    Args:
-        pipeline: a Stable Diffusion or SDXL pipeline.
-        path: an embedding file, or the output folder of a training run.
-        token: the word for it; by default the one in the file.
-        pooling: `eos` makes SDXL pool its text features at the end of the text, as the training here does by
-            default; `reference` leaves the pipeline as it is.
-
-    Raises:
-        UserError: if the file is no embedding, or one for another kind of model, or the token is a word already.
-    """
-    vectors, metadata = read_embeddings(path)
-    token = token or metadata["token"]
-    load_vectors(pipeline, vectors, token, pooling=pooling, source=str(path))
-    return token
-
-
-def load_vectors(
-    pipeline, vectors: list[Tensor], token: str, *, pooling: str = "eos", source: str = "the concept"
-) -> None:
-    """`load_embedding` for vectors in memory, `[K, D]` per text encoder; `source` names them in errors."""
-    pairs = [(pipeline.text_encoder, pipeline.tokenizer)]
-    if getattr(pipeline, "text_encoder_2", None) is not None:
-        pairs.append((pipeline.text_encoder_2, pipeline.tokenizer_2))
-    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder, _ in pairs]
-    if widths != [v.shape[1] for v in vectors]:
-        raise UserError(
-            f"{source!r} holds embeddings {[v.shape[1] for v in vectors]} wide, but this model's are {widths}: "
-            "it was learned on another kind of model"
-        )
-    for taken in token_names(token, len(vectors[0])):
-        if any(taken in tokenizer.get_vocab() for _, tokenizer in pairs):
-            raise UserError(
-                f"{taken!r} of {source!r} is a word of this model already; "
-                "dti-fast convert --token writes the file under another"
-            )
-    for tensor, (text_encoder, tokenizer) in zip(vectors, pairs, strict=True):
-        pipeline.load_textual_inversion(
-            {token: tensor if len(tensor) > 1 else tensor[0]}, text_encoder=text_encoder, tokenizer=tokenizer
-        )
-    if pooling == "eos" and len(pairs) == 2:
-        text_encoder, tokenizer = pairs[1]
-        getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
-
-
 def token_names(token: str, count: int) -> list[str]:
     """The tokens that diffusers makes of a concept of `count` vectors: `<x>`, `<x>_1`, ..."""
     return [token] + [f"{token}_{i}" for i in range(1, count)]
@@ -286,36 +195,3 @@ def token_names(token: str, count: int) -> list[str]:
 def lora_paths(folder: Path, placeholder: str) -> tuple[Path, Path]:
     """Where a run with a LoRA writes it: diffusers' file, found by the folder alone, and kohya's."""
     return folder / "pytorch_lora_weights.safetensors", folder / f"{placeholder_stem(placeholder)}_lora.safetensors"
-
-
-def load_lora(pipeline, path: str | Path) -> bool:
-    """Load the LoRA beside an embedding file, or in the output folder of a run; returns whether there is one.
-
-    Several, of several concepts, act together.
-
-    Raises:
-        UserError: if there is one but peft is missing, or if it is for another model.
-    """
-    path = Path(path)
-    file, _ = lora_paths(path if path.is_dir() else path.parent, "")
-    if not file.is_file():
-        return False
-    if find_spec("peft") is None:
-        raise UserError(f"{str(file)!r} needs the package peft: pip install peft")
-    try:
-        pipeline.load_lora_weights(file.parent, weight_name=file.name)
-        pipeline.set_adapters(list(pipeline.unet.peft_config))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{str(file)!r} does not fit this model: {str(error).strip().partition(chr(10))[0]}") from error
-    return True
-
-
-@contextmanager
-def lora_of(pipeline, path: str | Path) -> Iterator[None]:
-    """`load_lora`, and its removal afterwards."""
-    loaded = load_lora(pipeline, path)
-    try:
-        yield
-    finally:
-        if loaded:
-            pipeline.unload_lora_weights()

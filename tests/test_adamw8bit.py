@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dti_fast.trainer.adamw8bit import AdamW8bit, state_bytes
+from dti_fast.trainer.parts.adamw8bit import AdamW8bit, state_bytes
 
 
 def problem():

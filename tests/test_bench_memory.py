@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.bench_memory import GIB, measure, table
-from dti_fast.frozen.live_bytes import LiveBytes
+from dti_fast.memory.live_bytes import LiveBytes
 
 
 def near(gib: float):

@@ -8,7 +8,7 @@ import torch
 from runs import dti_fast, train_arguments
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dti_fast.backbones.sd import StableDiffusion
+from dti_fast.backbones.stable_diffusion import StableDiffusion
 from dti_fast.data.draws import Draws
 from dti_fast.frozen.plan import GIB, MARGIN
 from dti_fast.trainer import budget

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import ENVIRONMENT, dti_fast
 
-from dti_fast.doctor import report
+from dti_fast.commands.doctor import report
 
 OPS = ("sphere_step_", "token_embed", "token_embed_backward")
 WORKS = """

@@ -9,7 +9,7 @@ from dti_fast import optimize_frozen, restore
 from dti_fast.errors import UserError
 from dti_fast.frozen import layers, left_stock
 from dti_fast.frozen.attention import set_attention
-from dti_fast.frozen.live_bytes import LiveBytes
+from dti_fast.memory.live_bytes import LiveBytes
 
 MODES = ["none", "geglu", "block", {"down_blocks.0": "geglu", "mid_block": "block"}]
 mode = pytest.mark.parametrize("mode", MODES, ids=["none", "geglu", "block", "mixed"])

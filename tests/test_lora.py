@@ -14,8 +14,8 @@ from dti_fast.formats import load_lora, lora_of, write_embeddings
 from dti_fast.frozen import layers, optimize_frozen
 from dti_fast.frozen.quantise import quantise_frozen
 from dti_fast.generate import generate_pictures
-from dti_fast.trainer.adamw8bit import AdamW8bit, state_bytes
-from dti_fast.trainer.lora import Lora, dco_loss, write_lora
+from dti_fast.trainer.parts.adamw8bit import AdamW8bit, state_bytes
+from dti_fast.trainer.parts.lora import Lora, dco_loss, write_lora
 
 
 def unet_and_lora(folder, dtype=torch.float32, rank=4, alpha=8.0, seed=0):

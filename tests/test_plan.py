@@ -9,7 +9,7 @@ from runs import dti_fast, refused
 
 from benchmarks.bench_memory import measure
 from dti_fast.errors import UserError
-from dti_fast.frozen.live_bytes import LiveBytes
+from dti_fast.memory.live_bytes import LiveBytes
 from dti_fast.frozen.plan import GIB, MARGIN, MODES, TEXT, Model, Plan, Step, choose, compose, ladder, uniform
 from dti_fast.trainer.budget import Survey, micro_batches
 from dti_fast.trainer.config import TrainConfig

@@ -3,17 +3,18 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dti_fast import __version__
+from dti_fast.backbones.components import build_model, component_names
 from dti_fast.errors import UserError
-from dti_fast.formats import read_tensors, write_tensors
+from dti_fast.files import read_tensors, write_tensors
 from dti_fast.frozen.quantise import quantise_frozen
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _SAMPLE = 1024  # bytes
 
 
@@ -32,7 +33,7 @@ def cached_file(cache: Path, source: Path, precision: str, dtype: torch.dtype) -
     _check_folder(cache)
     files = [source]
     if source.is_dir():
-        files = [path for name in COMPONENTS for path in sorted((source / name).glob("*.safetensors"))]
+        files = [path for name in _quantised(_index(source)) for path in sorted((source / name).glob("*.safetensors"))]
     if not files:
         raise UserError(f"--quantised_cache: {str(source)!r} holds no .safetensors weights")
     import diffusers
@@ -46,10 +47,10 @@ def cached_file(cache: Path, source: Path, precision: str, dtype: torch.dtype) -
 
 
 def write_quantised(path: Path, pipeline) -> None:
-    """Write the UNet and the text encoders as they are now."""
+    """Write the denoiser and the text encoders of a pipeline as they are now."""
     tensors = {
         f"{name}.{key}": tensor
-        for name in COMPONENTS
+        for name in _quantised(pipeline.components)
         if getattr(pipeline, name, None) is not None
         for key, tensor in getattr(pipeline, name).state_dict().items()
     }
@@ -67,26 +68,30 @@ def read_quantised(path: Path, configs: Path, precision: str) -> dict[str, nn.Mo
         configs: a diffusers folder; of its files only the models' config.json are read.
     """
     from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tensors, _ = read_tensors(path)
-    models = {}
-    for name in COMPONENTS:
+    index, models = _index(configs), {}
+    for name in _quantised(index):
         state = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         if not state:
             continue
         with init_empty_weights(include_buffers=False):
-            if name == "unet":
-                model = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / name))
-            else:
-                text_model = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
-                model = text_model(CLIPTextConfig.from_pretrained(configs / name))
+            model = build_model(configs, name, index[name])
         model.requires_grad_(False).eval()
         quantise_frozen(model, precision)
         model.load_state_dict(state, assign=True)
         models[name] = model
     return models
+
+
+def _index(folder: Path) -> dict:
+    return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+
+
+def _quantised(components: Mapping) -> list[str]:
+    """The components that are quantised."""
+    names = component_names(components)
+    return [names.denoiser, *names.text_encoders]
 
 
 def _check_folder(cache: Path) -> None:

@@ -7,7 +7,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dti_fast.backbones import load
+from dti_fast.backbones.components import component_names
+from dti_fast.backbones.configs import config_folder
+from dti_fast.backbones.load import check_model, hide_loading_bars, identify, source_of
 from dti_fast.errors import UserError
 
 
@@ -47,29 +49,27 @@ def load_vocabularies(name: str) -> list[Vocabulary]:
     Raises:
         UserError: if the model cannot be found or read.
     """
-    load.check_model(name)
+    check_model(name)
     from diffusers import DiffusionPipeline
     from transformers import CLIPTokenizer
 
-    load._hide_loading_bars()
-    source = str(load.POCKET_FOLDER) if name == load.POCKET else load.ALIASES.get(name, name)
+    hide_loading_bars()
+    source = source_of(name)
     try:
         if Path(source).is_file():
-            from dti_fast.backbones.configs import config_folder, identify_single_file
-
-            folder = config_folder(identify_single_file(source))
+            folder = config_folder(identify(Path(source)))
             tokenizers = [CLIPTokenizer.from_pretrained(path) for path in sorted(folder.glob("tokenizer*"))]
             with safe_open(source, framework="pt") as file:
                 keys = sorted(key for key in file.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
                 weights = [file.get_tensor(key) for key in keys]
         else:
-            parts = DiffusionPipeline.load_config(source)
-            unneeded = {name: None for name in ("unet", "vae", "safety_checker", "image_encoder") if name in parts}
+            index = DiffusionPipeline.load_config(source)
+            names = component_names(index)
+            wanted = {"scheduler", *names.text_encoders, *names.tokenizers}
+            unneeded = {part: None for part, value in index.items() if isinstance(value, list) and part not in wanted}
             pipeline = DiffusionPipeline.from_pretrained(source, **unneeded)
-            suffixes = [suffix for suffix in ("", "_2") if f"text_encoder{suffix}" in parts]
-            tokenizers = [pipeline.components[f"tokenizer{suffix}"] for suffix in suffixes]
-            encoders = [pipeline.components[f"text_encoder{suffix}"] for suffix in suffixes]
-            weights = [encoder.get_input_embeddings().weight.detach() for encoder in encoders]
+            tokenizers = [getattr(pipeline, part) for part in names.tokenizers]
+            weights = [getattr(pipeline, part).get_input_embeddings().weight.detach() for part in names.text_encoders]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"the model {name!r} cannot be loaded: {reason}") from error

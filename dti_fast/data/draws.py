@@ -14,12 +14,13 @@ class Dataset:
     mean: Tensor  # [N, C, h, w] moments of the latents
     std: Tensor  # [N, C, h, w]
     sizes: Tensor  # [N, 6] micro-conditioning
-    prompt_ids: list[Tensor]  # per text encoder [P, S]
+    tokens: list[tuple[Tensor, Tensor]]  # per text encoder ids and mask [P, S]
     prompt_per_picture: bool  # prompt i belongs to picture i
 
     def to(self, device) -> "Dataset":
-        ids = [i.to(device) for i in self.prompt_ids]
-        return Dataset(self.mean.to(device), self.std.to(device), self.sizes.to(device), ids, self.prompt_per_picture)
+        tokens = [(ids.to(device), mask.to(device)) for ids, mask in self.tokens]
+        moments = self.mean.to(device), self.std.to(device)
+        return Dataset(*moments, self.sizes.to(device), tokens, self.prompt_per_picture)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def draw(data: Dataset, batch: int, timesteps: int, seed: int, position: int) ->
     for b in range(batch):
         epoch, place = divmod(position * batch + b, count)
         picture[b] = random.Random(f"{seed} {epoch}").sample(range(count), count)[place]
-    prompt = torch.randint(len(data.prompt_ids[0]), (batch,), generator=generator)
+    prompt = torch.randint(len(data.tokens[0][0]), (batch,), generator=generator)
     shape = (batch, *data.mean.shape[1:])
     draws = Draws(
         picture,

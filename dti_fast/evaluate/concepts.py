@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 import torch
 from cyclopts import Parameter
 
-from dti_fast.backbones.load import POCKET
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.data.folder import find_pictures
+from dti_fast.drawing import pick_model
 from dti_fast.errors import UserError
 from dti_fast.evaluate.scorers import DINO, SIGLIP
 from dti_fast.formats import read_embeddings
-from dti_fast.generate import pick_model
 
 
 @Parameter(name="*")
@@ -51,6 +51,8 @@ class EvaluateConfig:
     """DINOv2 folder or hub id."""
     siglip: str = SIGLIP
     """SigLIP folder or hub id."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N, mps or xpu; auto is the first GPU there is."""
     output_dir: Path = Path("evaluation")
     """Where pictures, results.json, results.md and sheet.png go. Pictures that are there are not drawn again."""
 
@@ -98,7 +100,7 @@ def read_concepts(paths: Sequence[Path], config: EvaluateConfig) -> list[Concept
         find_pictures(Path(pictures))
         model, prediction_type = pick_model(config.pretrained_model_name_or_path, config.prediction_type, [metadata])
         class_word = config.class_word or metadata.get("initializer_token")
-        if class_word is None and model != POCKET:
+        if class_word is None and model != Pocket.name:
             raise UserError(f"{str(path)!r} does not say what it is; give --class_word, such as dog")
         is_style = settings.get("learnable_property") == "style"
         concepts.append(

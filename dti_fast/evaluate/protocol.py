@@ -8,19 +8,20 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from dti_fast.backbones.load import load_backbone
 from dti_fast.data.folder import find_pictures
+from dti_fast.devices import pick_device, pick_precision
+from dti_fast.drawing import save_picture
 from dti_fast.errors import UserError
 from dti_fast.evaluate.concepts import Concept, EvaluateConfig
 from dti_fast.evaluate.scorers import SubjectScorer, TextScorer, masked, open_picture
-from dti_fast.formats import hash_tensors, load_vectors, lora_of, lora_paths, read_tensors
-from dti_fast.trainer.loop import pick_precision
-from dti_fast.trainer.preview import decode, save_picture
+from dti_fast.files import hash_tensors, read_tensors
+from dti_fast.formats import lora_paths
+from dti_fast.pipelines import load_vectors, lora_of
 
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
 
@@ -53,14 +54,7 @@ def references(concept: Concept) -> list[Image.Image]:
     return pictures
 
 
-def draw(pipeline, prompts: Sequence[str], seeds: Sequence[int], **settings) -> list[Image.Image]:
-    """One picture for each prompt, in one batch; picture i from noise of seed `seeds[i]`."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    latents = pipeline(list(prompts), generator=generators, output_type="latent", **settings).images
-    return decode(pipeline, latents)
-
-
-def draw_missing(pipeline, concept: Concept, token: str, sets: dict[str, list[str]], config: EvaluateConfig) -> dict:
+def draw_missing(backbone, concept: Concept, token: str, sets: dict[str, list[str]], config: EvaluateConfig) -> dict:
     """Draw a concept for every prompt and seed, as far as that is not on disk; by set the tasks with their paths."""
     settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
     settings = {key: value for key, value in settings.items() if value is not None}
@@ -80,7 +74,12 @@ def draw_missing(pipeline, concept: Concept, token: str, sets: dict[str, list[st
     batches = [missing[i : i + config.batch_size] for i in range(0, len(missing), config.batch_size)]
     for batch in track(batches, f"drawing {concept.name}", console=Console(stderr=True), disable=not batches):
         prompts = [prompt.replace("{}", token) for prompt, _, _ in batch]
-        drawn = draw(pipeline, prompts, [seed for _, seed, _ in batch], **settings)
+        drawn = backbone.draw(
+            prompts,
+            [seed for _, seed, _ in batch],
+            steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )
         for (_, _, path), picture in zip(batch, drawn, strict=True):
             save_picture(picture, path)
     return tasks
@@ -98,16 +97,17 @@ def measure(concepts: Sequence[Concept], config: EvaluateConfig) -> tuple[dict, 
         sets[concept.name] = {name: read_prompts(name, config.subject) for name in chosen}
     shown = {concept.name: references(concept) for concept in concepts}
     subject, text = SubjectScorer(config.dino), TextScorer(config.siglip)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(config.device)
     tasks = {}
     for model, kind in dict.fromkeys((concept.model, concept.prediction_type) for concept in concepts):
-        pipeline = load_backbone(model, pick_precision("auto", device), device, prediction_type=kind).pipeline
+        backbone = load_backbone(model, pick_precision("auto", device), device, prediction_type=kind)
+        pipeline = backbone.pipeline
         for i, concept in enumerate(c for c in concepts if (c.model, c.prediction_type) == (model, kind)):
             token, pooling = f"<evaluated-{i}>", concept.metadata.get("pooling", "eos")
             load_vectors(pipeline, concept.vectors, token, pooling=pooling, source=concept.name)
             with lora_of(pipeline, concept.folder):
-                tasks[concept.name] = draw_missing(pipeline, concept, token, sets[concept.name], config)
-        del pipeline  # before the evaluators come
+                tasks[concept.name] = draw_missing(backbone, concept, token, sets[concept.name], config)
+        del backbone, pipeline  # before the evaluators come
 
     for scorer in (subject, text):
         scorer.model.to(device)

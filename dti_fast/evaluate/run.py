@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from dti_fast.backbones.load import POCKET
+import torch
+
+from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.pocket import Pocket
+from dti_fast.drawing import check_steps
 from dti_fast.errors import UserError
-from dti_fast.evaluate import pocket_bench, protocol, report
-from dti_fast.evaluate.concepts import EvaluateConfig, read_concepts
+from dti_fast.evaluate import protocol, report
+from dti_fast.evaluate.concepts import Concept, EvaluateConfig, read_concepts
 from dti_fast.evaluate.statistics import bootstrap
-from dti_fast.generate import check_steps
-from dti_fast.trainer.loop import check_output
+from dti_fast.pocket import bench
+from dti_fast.trainer.output import check_output
 
 
 def check_pocket_settings(config: EvaluateConfig) -> None:
@@ -38,14 +42,14 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig) -> dict:
     if config.num_inference_steps is not None:
         check_steps(config.num_inference_steps)
     concepts = read_concepts(paths, config)
-    pocket = {concept.model == POCKET for concept in concepts}
+    pocket = {concept.model == Pocket.name for concept in concepts}
     if len(pocket) > 1:
         raise UserError("concepts of the pocket model and of real models are measured differently; evaluate them apart")
     check_output(config.output_dir)
     if pocket == {True}:
         check_pocket_settings(config)
-        results, rows = pocket_bench.measure(concepts)
-        summary = {"protocol": pocket_bench.SCORES, "version": pocket_bench.VERSION}
+        results, rows = _measure_on_pocket(concepts)
+        summary = {"protocol": bench.SCORES, "version": bench.VERSION}
     else:
         results, rows = protocol.measure(concepts, config)
         summary = {
@@ -66,3 +70,13 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig) -> dict:
     }
     report.write(summary, rows, config.output_dir)
     return summary
+
+
+def _measure_on_pocket(concepts: Sequence[Concept]) -> tuple[dict, list]:
+    """As `protocol.measure`, by pocket-bench."""
+    pipeline = load_backbone(Pocket.name, torch.float32, torch.device("cpu")).pipeline
+    results, rows = {}, []
+    for concept in concepts:
+        results[concept.name], drawn = bench.measure(pipeline, concept.pictures, concept.folder, concept.vectors[0])
+        rows += [(f"{concept.name}, {name}", pictures) for name, pictures in drawn.items()]
+    return results, rows

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from dti_fast.errors import UserError
-from dti_fast.formats import read_tensors, write_tensors
+from dti_fast.files import read_tensors, write_tensors
 from dti_fast.trainer.config import TrainConfig
 from dti_fast.trainer.learner import Learner
 

@@ -9,12 +9,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from dti_fast.backbones.load import POCKET, check_model
+from dti_fast.backbones.load import check_model
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.errors import UserError
 from dti_fast.formats import check_token
 from dti_fast.frozen.quantise import PRECISIONS, check_bitsandbytes
-
-POCKET_CONCEPT = Path(__file__).parent.parent / "pocket" / "concept"
 
 _model = Group.create_ordered("Model and data")
 _method = Group.create_ordered("Method")
@@ -27,7 +26,7 @@ _FREE_ON_RESUME = {
     "output_dir", "save_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "logging_steps", "validation_prompt", "validation_steps", "num_validation_images", "train_data_dir",
     "pretrained_model_name_or_path", "quantised_cache", "gradient_checkpointing", "recompute", "attention",
-    "cuda_graph", "vram",
+    "cuda_graph", "vram", "device", "overwrite",
 }  # fmt: skip
 
 # Settings that depend on the method, with its defaults: the paper's for the methods it compares with.  A method does
@@ -131,10 +130,10 @@ class TrainConfig:
     """Optimizer steps."""
     mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], Parameter(group=_training)] = "auto"
     """Precision of the frozen model; auto is bf16 on a GPU, fp16 where bf16 is slow, fp32 on a CPU."""
-    base_precision: Annotated[Literal["auto", "bf16", "fp16", "int8", "nf4"] | None, Parameter(group=_training)] = None
-    """How the frozen model's weights are stored. Default: as they compute (--mixed_precision), as bf16 and fp16. int8
-    halves and nf4 quarters its matrices; nf4 is approximate (docs/quantisation.md). Both need bitsandbytes. auto takes
-    one of them if nothing else fits --vram."""
+    base_precision: Annotated[Literal["auto", "int8", "nf4"] | None, Parameter(group=_training)] = None
+    """How the frozen model's weights are stored. Default: as they compute (--mixed_precision). int8 halves and nf4
+    quarters its matrices; nf4 is approximate (docs/quantisation.md). Both need bitsandbytes. auto takes one of them if
+    nothing else fits --vram."""
     quantised_cache: Annotated[Path | None, Parameter(group=_training)] = None
     """Folder that keeps the model as --base_precision int8 or nf4 stored it: the next start is faster."""
     recompute: Annotated[Literal["none", "geglu", "block"] | None, Parameter(group=_training)] = None
@@ -151,6 +150,8 @@ class TrainConfig:
     cuda_graph: Annotated[Literal["off", "on"], Parameter(group=_training)] = "off"
     """Capture the step as a CUDA graph, so that a GPU waits less between kernels. Off by default until a GPU has shown
     that the results are the same."""
+    device: Annotated[str, Parameter(group=_training)] = "auto"
+    """auto, cpu, cuda, cuda:N, mps or xpu; auto is the first GPU there is."""
     deterministic: Annotated[bool, Parameter(group=_training)] = False
     """On a GPU, repeat bit for bit (slower). A CPU always does, at a fixed number of threads."""
     seed: Annotated[int, Parameter(group=_training)] = 42
@@ -158,6 +159,8 @@ class TrainConfig:
 
     output_dir: Annotated[Path, Parameter(group=_output)] = Path("dti-output")
     """Where embeddings, preview, log, configuration and checkpoints go."""
+    overwrite: Annotated[bool, Parameter(group=_output)] = False
+    """Replace the run that the output folder holds."""
     checkpointing_steps: Annotated[int, Parameter(group=_output)] = 100
     """Steps between checkpoints."""
     save_steps: Annotated[int | None, Parameter(group=_output)] = None
@@ -191,12 +194,12 @@ class TrainConfig:
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if values["pretrained_model_name_or_path"] is None:
-            values["pretrained_model_name_or_path"] = POCKET if self.train_data_dir is None else "sdxl"
-        pocket = values["pretrained_model_name_or_path"] == POCKET
+            values["pretrained_model_name_or_path"] = Pocket.name if self.train_data_dir is None else "sdxl"
+        pocket = values["pretrained_model_name_or_path"] == Pocket.name
         if self.train_data_dir is None:
             if not pocket:
                 raise UserError("--train_data_dir is missing: give a folder of 3 to 6 pictures of the concept")
-            values["train_data_dir"] = POCKET_CONCEPT
+            values["train_data_dir"] = Pocket.concept
         if self.placeholder_token is None:
             values["placeholder_token"] = "<concept>"
         if self.initializer_token is None:
@@ -204,7 +207,7 @@ class TrainConfig:
                 raise UserError(
                     "--initializer_token is missing: name what the pictures show, such as --initializer_token dog"
                 )
-            values["initializer_token"] = "creature"
+            values["initializer_token"] = Pocket.initializer
         if not values["initializer_token"].strip():
             raise UserError(
                 "--initializer_token is empty: name what the pictures show, such as --initializer_token dog"
@@ -246,13 +249,6 @@ class TrainConfig:
             check_bitsandbytes(self.base_precision)
         elif self.quantised_cache is not None:
             raise UserError("--quantised_cache is for --base_precision int8 or nf4")
-        elif self.base_precision is not None:
-            if self.mixed_precision not in ("auto", self.base_precision):
-                raise UserError(
-                    f"--base_precision {self.base_precision} computes in {self.base_precision}, which contradicts "
-                    f"--mixed_precision {self.mixed_precision}: leave one of them out"
-                )
-            values["mixed_precision"] = self.base_precision
         check_model(values["pretrained_model_name_or_path"])
         # Absolute, so that the configuration written beside the output works from any folder.
         values["train_data_dir"] = Path(values["train_data_dir"]).absolute()
@@ -312,12 +308,13 @@ class TrainConfig:
         free = _FREE_ON_RESUME | ({"max_train_steps"} if self.lr_scheduler == "constant" else set())
         return {k: v for k, v in asdict(self).items() if k not in free}
 
+    def settings(self) -> dict:
+        """Names and values as config files have them, for a run from the start; those that are None are left out."""
+        kept = {
+            name: value for name, value in asdict(self).items() if name not in ("resume_from_checkpoint", "overwrite")
+        }
+        return {name: str(v) if isinstance(v, Path) else v for name, v in kept.items() if v is not None}
+
     def to_toml(self) -> str:
-        """The configuration as `--config` reads it, for a run from the start."""
-        lines = []
-        for name, value in asdict(self).items():
-            if isinstance(value, Path):
-                value = str(value)
-            if value is not None and name != "resume_from_checkpoint":
-                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
-        return "\n".join(lines) + "\n"
+        """`settings` as `--config` reads them."""
+        return "".join(f"{name} = {json.dumps(v, ensure_ascii=False)}\n" for name, v in self.settings().items())

@@ -1,69 +1,39 @@
 """What learns, and by which optimizer."""
 
-from dataclasses import dataclass
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from dti_fast.backbones import Backbone
+from dti_fast.loss import Consistency
 from dti_fast.optim import SphericalAdam, SphericalSGD
 from dti_fast.tokens import TokenEmbedding, cross_init, initial_magnitudes
 from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.parts import JointOptimizer, Trainable
 
 
-@dataclass
-class Part:
-    """Parameters, under the names that checkpoints give them, and the optimizer that moves them.
-
-    The optimizer leaves everything as it is while its `found_inf` is non-zero, and never waits for the device (but
-    see `Ancillary`).
-    """
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-
-    def state_of(self, p: nn.Parameter) -> dict[str, Tensor]:
-        """The optimizer's state of one parameter."""
-        return dict(self.optimizer.state[p])
-
-    def load_state_of(self, p: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_of` gave."""
-        self.optimizer.state[p] = {key: value.to(p.device) for key, value in tensors.items()}
-
-
-class Together(torch.optim.Optimizer):
-    """Several optimizers as one to a loss scaler: an overflow in the gradients of any skips the update of all."""
-
-    _step_supports_amp_scaling = True
-
-    def __init__(self, optimizers: list[torch.optim.Optimizer]):
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        self.optimizers = optimizers
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.found_inf = getattr(self, "found_inf", None)
-            optimizer.grad_scale = getattr(self, "grad_scale", None)
-            optimizer.step()
-
-
-def install_embeddings(config: TrainConfig, backbone) -> list[TokenEmbedding]:
+def install_embeddings(config: TrainConfig, backbone: Backbone) -> list[TokenEmbedding]:
     """Put the placeholder into every text encoder, at the start of the method: a direction of fixed norm for `dti`, a
     free vector for the others, from the initializer's own rows or, for `crossinit`, from the encoder's output for it.
     """
-    embeddings = []
-    for text_encoder, tokenizer in zip(backbone.text_encoders, backbone.tokenizers, strict=True):
-        init = config.initializer_token
-        if config.method == "crossinit":
-            init = cross_init(text_encoder, tokenizer, init)
-        magnitude = config.magnitude if config.method == "dti" else None
-        embeddings.append(
-            TokenEmbedding.install(
-                text_encoder, tokenizer, config.placeholder_token,
-                init=init, num_vectors=config.num_vectors, magnitude=magnitude,
-            )
-        )  # fmt: skip
+    embeddings: list[TokenEmbedding] = []
+    with ExitStack() as undo:  # of all encoders or of none
+        for text_encoder, tokenizer in zip(backbone.text_encoders, backbone.tokenizers, strict=True):
+            init = config.initializer_token
+            if config.method == "crossinit":
+                init = cross_init(text_encoder, tokenizer, init)
+            magnitude = config.magnitude if config.method == "dti" else None
+            embeddings.append(
+                TokenEmbedding.install(
+                    text_encoder, tokenizer, config.placeholder_token,
+                    init=init, num_vectors=config.num_vectors, magnitude=magnitude,
+                )
+            )  # fmt: skip
+            undo.callback(embeddings[-1].uninstall)
+        undo.pop_all()
     return embeddings
 
 
@@ -92,11 +62,11 @@ class Learner:
         scaler: scales the loss of an fp16 model; disabled otherwise.
     """
 
-    def __init__(self, config: TrainConfig, unet: nn.Module, embeddings: list[TokenEmbedding], lr: Tensor, scaler):
+    def __init__(self, config: TrainConfig, backbone: Backbone, embeddings: list[TokenEmbedding], lr: Tensor, scaler):
         self.embeddings, self.scaler = embeddings, scaler
         name = "directions" if config.method == "dti" else "vectors"
         rows = {f"{name}.{i}": e.rows for i, e in enumerate(embeddings)}
-        self.parts = [Part(rows, _optimizer(config, embeddings, lr))]
+        self.parts = [Trainable(rows, _optimizer(config, embeddings, lr))]
         self.reg_lambda = config.reg_lambda
         self.initial = [e.rows.detach().clone() for e in embeddings]
         self.final_norms = None
@@ -107,14 +77,19 @@ class Learner:
             ]
         self.ancillary = None
         if config.lora_rank or config.train_magnitude:
-            from dti_fast.trainer.ancillary import Ancillary
+            from dti_fast.trainer.parts.ancillary import Ancillary
 
-            self.ancillary = Ancillary(config, unet, embeddings)
+            self.ancillary = Ancillary(config, backbone, embeddings)
             self.parts.append(self.ancillary)
-        self.optimizer = Together([part.optimizer for part in self.parts])
+        self.optimizer = JointOptimizer([part.optimizer for part in self.parts])
 
-    def _parameters(self) -> list[tuple[str, nn.Parameter, Part]]:
+    def _parameters(self) -> list[tuple[str, nn.Parameter, Trainable]]:
         return [(name, p, part) for part in self.parts for name, p in part.parameters.items()]
+
+    @property
+    def consistency(self) -> Consistency | None:
+        """What the loss is to do beside the squared error, at the present step."""
+        return None if self.ancillary is None else self.ancillary.consistency
 
     def begin(self, step: int, factor: float) -> None:
         """Before step `step`, the first is 0; `factor` is what the schedule makes of learning rates on the host."""
@@ -160,6 +135,11 @@ class Learner:
         if self.final_norms is not None:
             for embedding, vectors in zip(self.embeddings, self.vectors(), strict=True):
                 embedding.rows.data.copy_(vectors)
+
+    def remove(self) -> None:
+        """Take everything but the embeddings out of the model."""
+        if self.ancillary is not None:
+            self.ancillary.remove()
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training changes: parameters by their names, their optimizer's state as `name/key`."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dti_fast.backbones import clip_vocabulary
 
-FAMILIES = ("sd15", "sd21", "sdxl")
+CONFIGS = ("sd15", "sd21", "sdxl")
 
 _PACKAGED = Path(__file__).parent
 _MERGES = _PACKAGED / "clip_merges.txt.gz"
@@ -33,8 +33,8 @@ def config_folder(family: str) -> Path:
     apart, and a rename at the end keeps a half-written folder from ever being seen.
     Raises `ValueError` for an unknown family.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown model family {family!r}: expected one of {', '.join(FAMILIES)}")
+    if family not in CONFIGS:
+        raise ValueError(f"unknown model family {family!r}: expected one of {', '.join(CONFIGS)}")
     cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache_root / "dti-fast" / f"configs-{_contents_hash()}" / family
     if not folder.is_dir():

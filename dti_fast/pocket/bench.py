@@ -22,10 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.data.folder import find_pictures, load_pictures
-from dti_fast.evaluate.concepts import Concept
-from dti_fast.formats import lora_of
+from dti_fast.pipelines import lora_of
 from dti_fast.pocket import world
 from dti_fast.pocket.recognise import Recognition
 from dti_fast.pocket.world import Creature, Scene
@@ -183,19 +181,19 @@ class PocketBench:
         }
 
 
-def measure(concepts: Sequence[Concept]) -> tuple[dict, list]:
-    """Scores by concept and prompt set, and labelled rows of pictures.
+def measure(pipeline, pictures: Path, folder: Path, vectors: Tensor) -> tuple[dict, dict[str, list[Image.Image]]]:
+    """Scores and pictures of a concept by prompt set.
 
-    Which creature a concept means is recognised in its training pictures.
+    Which creature it means is recognised in its training pictures.
+
+    Args:
+        pictures: the folder of these.
+        folder: where the concept lies, with its LoRA if it has one.
+        vectors: `[K, D]`.
     """
-    pipeline = load_backbone(POCKET, torch.float32, torch.device("cpu")).pipeline
-    results, rows = {}, []
-    for concept in concepts:
-        pixels, _ = load_pictures(find_pictures(concept.pictures), world.SIZE)
-        shown = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        bench = PocketBench(pipeline, Recognition(shown).creature())
-        with lora_of(pipeline, concept.folder):
-            pictures = bench.pictures(WORD, concept.vectors[0])
-        results[concept.name] = bench.scores(pictures)
-        rows += [(f"{concept.name}, {name}", [Image.fromarray(p) for p in of_set]) for name, of_set in pictures.items()]
-    return results, rows
+    pixels, _ = load_pictures(find_pictures(pictures), world.SIZE)
+    shown = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    bench = PocketBench(pipeline, Recognition(shown).creature())
+    with lora_of(pipeline, folder):
+        drawn = bench.pictures(WORD, vectors)
+    return bench.scores(drawn), {name: [Image.fromarray(p) for p in of_set] for name, of_set in drawn.items()}

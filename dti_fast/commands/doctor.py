@@ -1,4 +1,4 @@
-"""What this installation is made of and what runs on it, as plain text for a bug report."""
+"""`dti-fast doctor`: what this installation is made of and what runs on it, as plain text for a bug report."""
 
 import logging
 import os
@@ -16,6 +16,11 @@ from dti_fast.ops import backends
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "safetensors", "peft", "bitsandbytes", "xformers")
 SETTINGS = ("DTI_FAST_BACKEND", "DTI_FAST_CACHE", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 ABSENT = "not installed"
+
+
+def doctor() -> None:
+    """Print versions, GPUs and which backend serves each op: what a bug report needs."""
+    print(report())
 
 
 def report() -> str:
@@ -119,7 +124,3 @@ def _agreement(found: torch.Tensor, expected: torch.Tensor, device: str, allowed
 
 def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0]
-
-
-if __name__ == "__main__":
-    print(report())

@@ -1,21 +1,22 @@
-"""What may learn beside the directions: LoRA layers in the UNet, and the embeddings' magnitudes."""
+"""What may learn beside the directions: LoRA layers in the denoiser, and the embeddings' magnitudes."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dti_fast.backbones import Backbone
+from dti_fast.loss import Consistency
 from dti_fast.tokens import TokenEmbedding
-from dti_fast.trainer.adamw8bit import AdamW8bit, state_bytes
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.learner import Part
-from dti_fast.trainer.lora import Lora, dco_loss, write_lora
+from dti_fast.trainer.parts import Trainable
+from dti_fast.trainer.parts.adamw8bit import AdamW8bit, state_bytes
+from dti_fast.trainer.parts.lora import Lora, write_lora
 
 LORA_WEIGHT_DECAY = 1e-2  # that of the method's own experiments
 
 
-class Ancillary(Part):
+class Ancillary(Trainable):
     """LoRA and magnitudes under one AdamW with 8-bit states.
 
     Its update waits for the device once in a step (`AdamW8bit`); a run without ancillary parameters never does.
@@ -24,12 +25,12 @@ class Ancillary(Part):
         lora: the LoRA, or None.
     """
 
-    def __init__(self, config: TrainConfig, unet: nn.Module, embeddings: list[TokenEmbedding]):
+    def __init__(self, config: TrainConfig, backbone: Backbone, embeddings: list[TokenEmbedding]):
         groups, parameters = [], {}
         self.lora, self.lora_learns, self.embeddings = None, False, []
         self.first_step, self.dco_beta, self.prior = config.lora_start_step, config.dco_beta, config.magnitude_prior
         if config.lora_rank:
-            self.lora = Lora(unet, config.lora_rank, config.lora_alpha, config.seed)
+            self.lora = Lora(backbone, config.lora_rank, config.lora_alpha, config.seed)
             self.lora.enable(False)
             parameters |= {f"lora.{name}": p for name, p in self.lora.parameters.items()}
             groups.append(
@@ -56,13 +57,12 @@ class Ancillary(Part):
             self.lora.enable(True)
             self.lora_learns = True
 
-    def loss(self, denoise: Callable[[], Tensor], target: Tensor) -> Tensor:
-        """The mean squared error of `denoise()`, or DCO's loss if that is asked for and the LoRA learns."""
+    @property
+    def consistency(self) -> Consistency | None:
+        """DCO's part of the loss, if that is asked for and the LoRA learns."""
         if not (self.dco_beta and self.lora_learns):
-            return F.mse_loss(denoise(), target)
-        with self.lora.base_model():
-            reference = denoise()
-        return dco_loss(denoise(), reference, target, self.dco_beta)
+            return None
+        return Consistency(self.dco_beta, self.lora.base_model)
 
     def backward_prior(self, scale: Callable[[Tensor], Tensor]) -> None:
         """Add the gradient of the magnitudes' prior; `scale` is the scaler's."""
@@ -72,6 +72,11 @@ class Ancillary(Part):
     def write_lora(self, folder: Path, placeholder: str, pipeline, metadata: dict) -> list[Path]:
         """Write the LoRA beside the embedding, in diffusers' format and in kohya's."""
         return write_lora(folder, placeholder, pipeline, self.lora, metadata)
+
+    def remove(self) -> None:
+        """Take the LoRA out of the denoiser; magnitudes go with their embeddings."""
+        if self.lora is not None:
+            self.lora.remove()
 
     def state_of(self, p: nn.Parameter) -> dict[str, Tensor]:
         return self.optimizer.tensors(p)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny_pipeline, save_tiny_single_file
 
 from dti_fast.backbones.vocabulary import load_vocabularies
-from dti_fast.embedding_report import measure, print_report
+from dti_fast.commands.inspect import measure, print_report
 from dti_fast.errors import UserError
 from dti_fast.formats import read_embedding_file, write_single_file
 

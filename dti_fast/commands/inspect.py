@@ -1,4 +1,4 @@
-"""What an embedding file holds, and how it compares with a model's own words."""
+"""`dti-fast inspect`: what an embedding file holds, and how it compares with a model's own words."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dti_fast import sphere
-from dti_fast.backbones.load import POCKET
+from dti_fast.backbones.load import BUNDLED
 from dti_fast.backbones.vocabulary import Vocabulary, load_vocabularies
 from dti_fast.errors import UserError
 from dti_fast.formats import EmbeddingFile, read_embedding_file
@@ -68,33 +68,42 @@ def measure(file: EmbeddingFile, vocabularies: list[Vocabulary] | None) -> list[
     return reports
 
 
-def print_report(path: Path, model: str | None, allow_pickle: bool, console: Console) -> None:
-    """Print what the file is, and a table of its vectors.
+def inspect(file: Path, *, pretrained_model_name_or_path: str | None = None, allow_pickle: bool = False) -> None:
+    """Print what an embedding file holds: layout, encoders, norms, and its nearest words.
 
-    `model` is what the vectors are compared with; by default the one the file names, if that is on this machine.
+    Parameters
+    ----------
+    file
+        An embedding file of any tool, or the output folder of a run.
+    pretrained_model_name_or_path
+        The model whose words it is compared with. Default: the one the file names, if it is on this machine.
+    allow_pickle
+        Read a .pt or .bin file, as plain weights only.
     """
-    file = read_embedding_file(path, allow_pickle=allow_pickle)
-    named = file.metadata.get("base_model")
-    if model is None and named and (named == POCKET or Path(named).exists()):
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    path, model = file, pretrained_model_name_or_path
+    content = read_embedding_file(path, allow_pickle=allow_pickle)
+    named = content.metadata.get("base_model")
+    if model is None and named and (named in BUNDLED or Path(named).exists()):
         model = named
     vocabularies = None if model is None else load_vocabularies(model)
-    reports = measure(file, vocabularies)
+    reports = measure(content, vocabularies)
 
-    console.print(f"{path}: {file.layout}")
-    for name, tensor in file.vectors.items():
+    console.print(f"{path}: {content.layout}")
+    for name, tensor in content.vectors.items():
         count, width = tensor.shape
         dtype = str(tensor.dtype).removeprefix("torch.")
         console.print(f"  {name}: {count} vector{'s' if count > 1 else ''} of {width}, {dtype}")
-    if file.ignored:
-        console.print(f"  ignored, no input embeddings: {', '.join(file.ignored)}")
-    for key, value in sorted(file.metadata.items()):
+    if content.ignored:
+        console.print(f"  ignored, no input embeddings: {', '.join(content.ignored)}")
+    for key, value in sorted(content.metadata.items()):
         if key != "format":
             console.print(f"  {key}: {value}")
     if vocabularies is None:
         console.print("Give --pretrained_model_name_or_path to compare it with a model's words.")
     else:
         quantiles = torch.tensor([0.01, 0.5, 0.99])
-        for name, vocabulary in zip(file.vectors, vocabularies, strict=True):
+        for name, vocabulary in zip(content.vectors, vocabularies, strict=True):
             low, median, high = torch.quantile(vocabulary.norms, quantiles).tolist()
             mean = vocabulary.norms.mean().item()
             console.print(
@@ -103,7 +112,7 @@ def print_report(path: Path, model: str | None, allow_pickle: bool, console: Con
             )
     if not console.is_terminal:
         console.width = WIDTH
-    console.print(_table(reports, file.metadata.get("initializer_token")))
+    console.print(_table(reports, content.metadata.get("initializer_token")))
     if any(report.percentile == 100 for report in reports):
         console.print(
             "A norm above every word's drowns the rest of the prompt: "

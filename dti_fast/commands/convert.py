@@ -1,6 +1,7 @@
-"""Embedding files from one layout to another."""
+"""`dti-fast convert`: embedding files from one layout to another."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,22 +16,27 @@ def convert(
     target: Path,
     *,
     token: str | None = None,
-    renorm: float | str | None = None,
-    model: str | None = None,
+    renorm: float | Literal["mean", "min", "max"] | None = None,
+    pretrained_model_name_or_path: str | None = None,
     allow_pickle: bool = False,
-) -> list[Path]:
-    """Write the concept in `source` as `target`, read it back and compare; returns the files.
+) -> None:
+    """Write an embedding in another layout, and read it back to compare.
 
-    A `target` that ends in .safetensors becomes one file (`write_single_file`), any other a folder
-    (`write_diffusers`).  Values stay as they are, unless `renorm` asks for another norm.
-
-    Args:
-        token: a new word for it.
-        renorm: the norm that every vector gets, its direction kept: a number, or `mean`, `min` or `max` of the norms
-            of `model`'s vocabulary.
-
-    Raises:
-        UserError: if `source` is no embedding of Stable Diffusion or SDXL, or `target` cannot be written.
+    Parameters
+    ----------
+    source
+        An embedding file of any tool, or a folder with learned_embeds.safetensors.
+    target
+        NAME.safetensors for ComfyUI, A1111, Forge, InvokeAI and kohya; else a folder for diffusers.
+    token
+        A new word for the concept.
+    renorm
+        Give every vector another norm and keep its direction: a number, or the mean, min or max of the
+        model's words.
+    pretrained_model_name_or_path
+        The model of --renorm mean, min and max. Default: the one the file names.
+    allow_pickle
+        Read a .pt or .bin file, as plain weights only.
     """
     vectors, metadata = read_embeddings(source, allow_pickle=allow_pickle)
     if token is not None:
@@ -48,7 +54,7 @@ def convert(
     if isinstance(renorm, float) and not 0 < renorm < float("inf"):
         raise UserError(f"--renorm must be positive, got {renorm}")
     if renorm is not None:
-        vectors = set_norms(vectors, renorm, model or metadata.get("base_model"))
+        vectors = set_norms(vectors, renorm, pretrained_model_name_or_path or metadata.get("base_model"))
         metadata["magnitude"] = str([tensor.float().norm(dim=-1).mean().item() for tensor in vectors])
     if single:
         write_single_file(target, vectors, metadata)
@@ -59,7 +65,7 @@ def convert(
     written, _ = read_embeddings(target)
     if [v.dtype for v in written] != [v.dtype for v in vectors] or not all(map(torch.equal, written, vectors)):
         raise OSError(f"{target} does not read back as it was written")
-    return paths
+    print(f"wrote {', '.join(map(str, paths))}")
 
 
 def set_norms(vectors: list[Tensor], norm: float | str, model: str | None) -> list[Tensor]:

@@ -1,0 +1,111 @@
+"""Pictures of prompts, laid out and saved."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cyclopts import Parameter
+from PIL import Image, ImageDraw, ImageFont
+
+from dti_fast.backbones import Backbone
+from dti_fast.backbones.load import check_model, load_backbone
+from dti_fast.backbones.pocket import Pocket
+from dti_fast.devices import pick_device, pick_precision
+from dti_fast.errors import UserError
+
+
+def draw(backbone: Backbone, prompt: str, count: int, seed: int, **settings) -> list[Image.Image]:
+    """`count` pictures of `prompt`; picture i depends on seed + i alone, not on the device.
+
+    `settings` are those of `Backbone.draw`.
+    """
+    return [picture for i in range(count) for picture in backbone.draw([prompt], [seed + i], **settings)]
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG under a temporary name, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def grid(rows: list[tuple[str, list[Image.Image]]], cell: int | None = 128, gap: int = 6) -> Image.Image:
+    """Labelled rows of pictures, each `cell` pixels wide; small ones are enlarged without smoothing.
+
+    Without a `cell` they keep their size, within bounds.
+    """
+    label_height = 20
+    if cell is None:
+        cell = max(128, min(512, rows[0][1][0].width))
+    columns = max(len(pictures) for _, pictures in rows)
+    width, height = columns * (cell + gap) + gap, len(rows) * (cell + label_height + gap) + gap
+    sheet = Image.new("RGB", (max(width, 480), height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for r, (label, pictures) in enumerate(rows):
+        top = gap + r * (cell + label_height + gap)
+        draw.text((gap, top), label, fill="black", font=font)
+        for c, picture in enumerate(pictures):
+            resample = Image.Resampling.NEAREST if picture.width < cell else Image.Resampling.LANCZOS
+            sheet.paste(
+                picture.convert("RGB").resize((cell, cell), resample), (gap + c * (cell + gap), top + label_height)
+            )
+    return sheet
+
+
+@Parameter(name="*")
+@dataclass(kw_only=True, frozen=True)
+class DrawSettings:
+    """How concepts are drawn."""
+
+    pretrained_model_name_or_path: str | None = None
+    """Diffusers folder, hub id or .safetensors file. Default: the model the concept was learned on."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the model was trained to predict, where its files do not say. Default: as when the concept was learned."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N, mps or xpu; auto is the first GPU there is."""
+    num_images: int | None = None
+    """Pictures for each prompt. Default: 4, or 1 for a blend."""
+    num_inference_steps: int = 25
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. Default: the pipeline's own."""
+    seed: int = 0
+    """Picture i is drawn with seed + i."""
+
+    def check(self) -> None:
+        """Raise a UserError for a setting out of range."""
+        if self.num_images is not None and self.num_images < 1:
+            raise UserError(f"--num_images must be at least 1, got {self.num_images}")
+        check_steps(self.num_inference_steps)
+
+    def load(self, metadata: list[dict]) -> Backbone:
+        """The model to draw with, for concepts with the `metadata` of their files."""
+        model, prediction_type = pick_model(self.pretrained_model_name_or_path, self.prediction_type, metadata)
+        device = pick_device(self.device)
+        return load_backbone(model, pick_precision("auto", device), device, prediction_type=prediction_type)
+
+    def draw(self, backbone: Backbone, prompt: str, count: int) -> list[Image.Image]:
+        """`count` pictures of `prompt`."""
+        steps, guidance = self.num_inference_steps, self.guidance_scale
+        return draw(backbone, prompt, count, self.seed, steps=steps, guidance_scale=guidance)
+
+
+def check_steps(num_inference_steps: int) -> None:
+    if not 1 <= num_inference_steps <= 1000:  # all models here were trained with 1000
+        raise UserError(f"--num_inference_steps must lie between 1 and 1000, got {num_inference_steps}")
+
+
+def check_picture_path(path: Path) -> None:
+    """Raise a UserError unless `path` can be written as a PNG."""
+    if path.suffix.lower() != ".png" or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output must be a .png file in a folder that can be written, got {str(path)!r}")
+
+
+def pick_model(model: str | None, prediction_type: str | None, metadata: list[dict]) -> tuple[str, str | None]:
+    """The model to draw with, and what it predicts: by default those of the first concept that says its model."""
+    if model is None:
+        named = next((m for m in metadata if "base_model" in m), {"base_model": Pocket.name})
+        model, prediction_type = named["base_model"], prediction_type or named.get("prediction_type")
+    check_model(model)
+    return model, prediction_type

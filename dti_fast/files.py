@@ -1,0 +1,51 @@
+"""Files: written under a temporary name and renamed, read with a clear error."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dti_fast.errors import UserError
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """A short hash of the tensors' values, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write UTF-8 under a temporary name, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
+    """Write a safetensors file under a temporary name, then rename it; metadata values become JSON strings."""
+    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # that of any new file: safetensors would make it readable by its owner alone
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
+    temporary.chmod(mode)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; UserError if it is none."""
+    if not path.is_file():
+        raise UserError(f"there is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{str(path)!r} is not a safetensors file ({error})") from None
