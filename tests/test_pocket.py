@@ -16,8 +16,8 @@ from safetensors import safe_open
 from dti_fast.backbones.load import POCKET_FOLDER
 from dti_fast.data.folder import find_pictures
 from dti_fast.pocket import bench as pocket_bench
-from dti_fast.pocket.bench import PocketBench
 from dti_fast.pocket import world
+from dti_fast.pocket.bench import PocketBench
 from dti_fast.pocket.build import CONCEPT, build_tokenizer, draw_concept
 from dti_fast.pocket.build_recogniser import draw_scene
 from dti_fast.pocket.recognise import FEATURES, PARTS, WEIGHTS, Recognition, credit, label
