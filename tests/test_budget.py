@@ -5,9 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dti_fast.errors import UserError
-from dti_fast.memory.budget import Budget, OutOfMemory
-from dti_fast.memory.plan import GIB, MARGIN
 from runs import command, train_arguments
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,6 +13,9 @@ from dti_fast import train
 from dti_fast.backbones.base import decode_in_tiles
 from dti_fast.backbones.stable_diffusion import StableDiffusion
 from dti_fast.data.draws import Draws
+from dti_fast.errors import UserError
+from dti_fast.memory.budget import Budget, OutOfMemory
+from dti_fast.memory.plan import GIB, MARGIN
 from dti_fast.session import estimator_of
 from dti_fast.trainer.config import TrainConfig
 
@@ -148,7 +148,9 @@ def test_the_model_is_counted_in_the_dtype_of_the_run(config, precision):
 
 
 def test_an_explicit_recompute_wins(config):
-    assert {plan.recompute for plan in estimator_of(replace(config, recompute="block"), torch.float32).plans("fp32")} == {"block"}
+    assert {
+        plan.recompute for plan in estimator_of(replace(config, recompute="block"), torch.float32).plans("fp32")
+    } == {"block"}
     many = estimator_of(config, torch.float32).plans("fp32")
     assert len({plan.recompute for plan in many}) > 1
 
@@ -226,5 +228,5 @@ def test_a_card_for_which_no_plan_is_predicted_to_fit_is_tried(config):
     assert tried.tiled_decoding
     sizes = tried.attempt(None, lambda passes: [len(draws.noise) for draws in passes], [four_draws()])
     assert sizes == [smallest.micro_batch] * smallest.passes
-    with pytest.raises(UserError, match="does not fit 0.5 GiB"):
+    with pytest.raises(UserError, match=r"does not fit 0\.5 GiB"):
         Budget(estimator, ["fp32"], "auto", limit, binding=True, say=said.append)
