@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from runs import ENVIRONMENT, dti_fast, train_arguments
+from runs import ENVIRONMENT, command, train_arguments
 from safetensors.torch import load_file
 from steps import GOOD, setup
 
@@ -218,15 +218,15 @@ def test_pocket_run_killed_and_resumed_and_loaded_by_a_stock_pipeline(pictures, 
     """12 steps, and 6 + SIGKILL + 6 with the LoRA starting at step 4: every file bit for bit."""
     settings = {**SETTINGS, "train_magnitude": True, "initializer_token": "creature"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    first = dti_fast(*train_arguments(Pocket.folder, pictures, whole, **settings))
+    first = command(*train_arguments(Pocket.folder, pictures, whole, **settings))
     assert first.returncode == 0, first.stderr
     assert "% of them 8-bit" in first.stderr
     arguments = train_arguments(Pocket.folder, pictures, broken, resume_from_checkpoint="latest", **settings)
-    command = [sys.executable, "-c", DIES_AFTER_A_CHECKPOINT, *map(str, arguments)]
-    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=120)
+    python = [sys.executable, "-c", DIES_AFTER_A_CHECKPOINT, *map(str, arguments)]
+    killed = subprocess.run(python, env=ENVIRONMENT, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert not (broken / "learned_embeds.safetensors").exists()
-    resumed = dti_fast(*arguments)
+    resumed = command(*arguments)
     assert "resuming after step 6" in resumed.stderr
     assert_same_run(whole, broken)
 

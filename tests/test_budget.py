@@ -1,7 +1,9 @@
 """Training within a card's memory: the plan changes no sample, and running out of memory costs no step."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +196,36 @@ def test_too_little_memory_is_one_clear_line(tiny_pipelines, pictures, tmp_path)
 
 def four_draws() -> Draws:
     return Draws(*(torch.arange(4) for _ in range(3)), *torch.randn(2, 4, 1, 2, 2))
+
+
+class Placed:
+    """A module that is nothing but where it is: the further devices that a CPU lacks."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+
+    def parameters(self):
+        yield self
+
+    def to(self, device):
+        self.device = torch.device(device)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["well", "with an error"])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside the others"])
+def test_every_module_is_back_on_its_device_after_encoding(alone, fails):
+    plan = SimpleNamespace(encode_alone=alone, tiled_decoding=False, total=0, describe=str)
+    budget = Budget(SimpleNamespace(choose=lambda *_: plan), ["fp32"], "auto", GIB, binding=True, say=str)
+    denoiser, vae, first, second = modules = [Placed(name) for name in ("cuda:0", "cuda:0", "cuda:1", "cpu")]
+    backbone = SimpleNamespace(vae=vae, modules=lambda: modules)
+
+    def places():
+        return [str(module.device) for module in (denoiser, first, second, vae)]
+
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), budget.encoding(backbone):
+        assert places() == (["cpu", "cpu", "cpu", "cuda:0"] if alone else ["cuda:0", "cuda:1", "cpu", "cuda:0"])
+        assert 1 / (not fails)
+    assert places() == ["cuda:0", "cuda:1", "cpu", "cpu"]  # the VAE waits until it draws
 
 
 def test_draws_split_into_equal_parts():

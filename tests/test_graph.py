@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import dti_fast, train_arguments
+from runs import command, train_arguments
 from safetensors.torch import load_file
 from steps import setup
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,7 +172,7 @@ def test_a_run_on_a_cpu_says_so_and_learns_the_same(tiny_pipelines, pictures, tm
     directions = []
     for mode in ("off", "on"):
         settings = {"max_train_steps": 3, "resolution": 64, "train_batch_size": 1, "cuda_graph": mode}
-        run = dti_fast(*train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / mode, **settings))
+        run = command(*train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / mode, **settings))
         assert run.returncode == 0, run.stderr
         assert ("because there is no CUDA device" in " ".join(run.stderr.split())) == (mode == "on")
         directions.append(load_file(tmp_path / mode / "learned_embeds.safetensors")["<toy>"])

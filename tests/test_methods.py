@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import dti_fast, refused, train_arguments
+from runs import command, refused, train_arguments
 from steps import GOOD, setup
 
 from dti_fast import SphericalSGD, sphere, train
@@ -256,11 +256,11 @@ def test_the_command_line_trains_by_another_method(tiny_pipelines, pictures, tmp
     arguments = train_arguments(
         tiny_pipelines["sd15"], pictures, tmp_path, method="crossinit", max_train_steps=2, adam_weight_decay=0
     )
-    result = dti_fast(*arguments)
+    result = command(*arguments)
     assert result.returncode == 0, result.stderr
     _, metadata = read_embeddings(tmp_path)
     assert metadata["method"] == "crossinit"
-    again = dti_fast("train", "--config", tmp_path / "config.toml", "--output_dir", tmp_path / "again")
+    again = command("train", "--config", tmp_path / "config.toml", "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert torch.equal(read_embeddings(tmp_path / "again")[0][0], read_embeddings(tmp_path)[0][0])
-    refused(dti_fast(*arguments, "--kappa", 1), "--kappa does nothing with --method crossinit")
+    refused(command(*arguments, "--kappa", 1), "--kappa does nothing with --method crossinit")
