@@ -39,6 +39,7 @@ def skeleton(name: str, dtype: torch.dtype) -> Backbone:
         absent = {part: None for part, value in index.items() if isinstance(value, list) and part not in parts}
         settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in absent}
         pipeline = pipeline_class(**{**settings, **absent, **parts, **family.load_arguments})
+        pipeline.set_progress_bar_config(disable=True)  # of denoising, which `tokenize` begins
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"the configuration of {name!r} cannot be read: {reason}") from error
