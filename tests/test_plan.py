@@ -182,7 +182,6 @@ def plan(model, *arguments):
 def test_plan_on_the_command_line():
     run = plan("pocket", "--vram", "4", "--resolution", "64")
     assert run.returncode == 0, run.stderr
-    assert not run.stderr
     assert "pocket at 64 pixels, batch 1, 4.0 GiB" in run.stdout
     assert "Pick: recompute none, weights bf16" in run.stdout
     for word in ("saved", "transient", "VAE encode", "context", "geglu", "int8", "nf4", "1 x 1", "unconfirmed"):
