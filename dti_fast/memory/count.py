@@ -118,7 +118,7 @@ def count_step(denoiser: nn.Module, blocks: Sequence[str], loss: Callable[[], Te
         if not torch.is_grad_enabled():
             return
         walk.enter(TEXT)
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = next(t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
         hidden.register_hook(partial(walk.enter, name))  # backward enters the block
 
     handles = [denoiser.register_forward_pre_hook(watch_text, with_kwargs=True)]
