@@ -187,7 +187,7 @@ def ladder(counts: Mapping[str, Count]) -> list[dict[str, str]]:
 
 
 def _plainly(counts: Mapping[str, Count], modes: dict[str, str]) -> dict[str, str]:
-    """The same, in which a part on which two modes act alike has the mode that most parts have."""
+    """The same plan in fewer words: where two modes do the same to a part, it gets the one that most parts have."""
     usual = max(counts, key=list(modes.values()).count)
 
     def effect(mode, part):
