@@ -46,6 +46,7 @@ import torch
 from benchmarks import _harness
 from benchmarks._harness import matrix_rate, seconds_per_call
 from benchmarks._ops import by_stem
+from dti_fast.frozen.plan import GIB
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -53,7 +54,6 @@ SHAPES = {
     "SDXL feed-forward at 1024 px, batch 4: 4096 x 1280 x 10240": (4096, 1280, 10240),
     "SDXL projection at 1024 px, batch 1: 1024 x 1280 x 1280": (1024, 1280, 1280),
 }
-GIB = 1 << 30
 # What a card leaves to PyTorch's allocator, GiB: a guess, after the desktop, the driver and its context.
 CARDS = {"12 GB": 11.0, "8 GB": 7.2, "6 GB": 5.3}
 SMOKE_SHAPES = {"256 x 256 x 256": (256, 256, 256)}
