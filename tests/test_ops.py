@@ -68,6 +68,23 @@ def test_triton_launches_on_the_device_of_the_tensors(monkeypatch, current):
     assert state == SimpleNamespace(current=current, switched=int(current != 1))
 
 
+def test_an_interpreter_that_cannot_run_is_an_obstacle(monkeypatch):
+    monkeypatch.setenv("DTI_FAST_BACKEND", "triton")
+    monkeypatch.setattr(_dispatch.operators["geglu"], "_chosen", {})
+    triton = pytest.importorskip("triton")
+
+    def install(triton_version, numpy_version):
+        monkeypatch.setattr(triton, "__version__", triton_version)
+        monkeypatch.setattr(_dispatch.importlib.metadata, "version", {"numpy": numpy_version}.__getitem__)
+
+    install("3.6.0", "2.4.6")
+    with pytest.raises(RuntimeError, match=r"before 3\.7 does not run with numpy from 2\.4 on"):
+        ops.geglu(torch.ones(2, 8))
+    for versions in (("3.7.1", "2.4.6"), ("3.6.0", "2.3.5")):
+        install(*versions)
+        assert _dispatch._triton_obstacle("cpu") is None
+
+
 def step(p, **options):
     one = torch.ones((), device=p.device)
     ops.sphere_step_(p, torch.ones_like(p), None, None, one, one, kappa=0.0, beta=0.0, eps=1e-8, **options)

@@ -11,6 +11,7 @@ Every op is defined once, with one check and one fake; its implementations carry
 
 import functools
 import importlib
+import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable
@@ -192,6 +193,19 @@ def _triton_obstacle(device: str) -> str | None:
         import triton
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    if device == "cpu" and not triton.knobs.runtime.interpret:
-        return "on the CPU Triton runs under TRITON_INTERPRET=1 only"
+    if device == "cpu":
+        if not triton.knobs.runtime.interpret:
+            return "on the CPU Triton runs under TRITON_INTERPRET=1 only"
+        try:
+            numpy = importlib.metadata.version("numpy")
+        except importlib.metadata.PackageNotFoundError:
+            return "Triton's interpreter needs numpy"
+        # It makes a number of an array of one, which numpy gave up.
+        if _release(triton.__version__) < (3, 7) and _release(numpy) >= (2, 4):
+            return "the interpreter of Triton before 3.7 does not run with numpy from 2.4 on"
     return None if device in _PREFERRED else f"the kernels are not proven on {device}"
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
