@@ -285,3 +285,9 @@ def test_optimizer_follows_its_parameter_to_another_device():
     moved.grad = torch.empty_like(moved)
     other.step()
     assert other.state[moved]["step"].device.type == other.param_groups[0]["mu"].device.type == "meta"
+
+
+@pytest.mark.parametrize("D", [768, 1280, 2048])
+def test_text_encoders_are_compiled_ahead(D):
+    kernels = pytest.importorskip("dti_fast.kernels.sphere_step")
+    assert any(f"D={D}," in case for case, _ in kernels.aot_cases())

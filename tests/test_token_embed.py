@@ -214,3 +214,9 @@ def test_graph_capture(lane):
         ids.copy_((ids + shift) % (first_id + 4))
         graph.replay()
         assert all(map(torch.equal, captured, step()))
+
+
+@pytest.mark.parametrize("D", [768, 1280, 2048])
+def test_text_encoders_are_compiled_ahead(D):
+    kernels = pytest.importorskip("dti_fast.kernels.token_embed")
+    assert any(f"D={D}," in case for case, _ in kernels.aot_cases())
