@@ -95,13 +95,9 @@ def native_kernels() -> Iterator[dict]:
 
 
 def _readable(mangled: str) -> str:
-    """Name and integer template argument; in a mangled name every identifier has its length before it."""
-    for length in re.finditer(r"\d+", mangled):
-        end = length.end() + int(length[0])
-        if (name := mangled[length.end() : end]).endswith("_kernel"):
-            argument = re.match(r"ILi(\d+)E", mangled[end:])
-            return f"{name}<{argument[1]}>" if argument else name
-    raise ValueError(f"{mangled} names no kernel")
+    """Name, of letters and underscores and behind its length, and integer template argument."""
+    name = re.search(r"\d([a-z][a-z_]*_kernel)(?:ILi(\d+)E)?", mangled)
+    return f"{name[1]}<{name[2]}>" if name[2] else name[1]
 
 
 def table(rows: list[dict], key: str, cell) -> str:

@@ -59,11 +59,16 @@ def test_cuda_holds_every_target_without_spills(library):
     if part != "cuda":
         pytest.skip("for the CUDA library")
     cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
+    from benchmarks import kernel_resources
+
     report = subprocess.run([cuobjdump, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
     assert {int(number) for number in re.findall(r"arch = sm_(\d+)", report)} >= set(_build.ARCHITECTURES)
     usage = re.findall(r"STACK:(\d+).*?LOCAL:(\d+)", report)
     assert len(usage) >= len(_build.ARCHITECTURES) * len(_build.sources("cuda"))
     assert set(usage) == {("0", "0")}
+    sources = "".join(path.read_text() for path in _build.sources("cuda"))
+    names = {row["kernel"].partition("<")[0] for row in kernel_resources.native_kernels()}
+    assert names == set(re.findall(r"__global__.* (\w+)\(", sources))
     # 65,536 registers hold a block of any size, which is up to 1024 threads.
     assert max(int(number) for number in re.findall(r"REG:(\d+)", report)) <= 64
 
