@@ -77,8 +77,9 @@ class Operator:
         if backward is not None:
             name = f"dti_fast::{self.name}"
             torch.library.register_autograd(name, self._first_derivative, setup_context=save, lib=library)
-        arguments = self.overload._schema.arguments
-        self._written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        positional = [a for a in self.overload._schema.arguments if not a.kwarg_only]
+        self._tensors = [i for i, a in enumerate(positional) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        self._written = [i for i, a in enumerate(positional) if a.alias_info is not None and a.alias_info.is_write]
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -86,7 +87,10 @@ class Operator:
 
     def run(self, *args, **kwargs):
         self.check(*args, **kwargs)
-        wide = torch.float64 in [getattr(argument, "dtype", None) for argument in args]
+        wide = False
+        for i in self._tensors:  # a plain loop, because this precedes every launch
+            if args[i] is not None and args[i].dtype is torch.float64:
+                wide = True
         key = args[0].device.type, os.environ.get("DTI_FAST_BACKEND"), wide
         implementation = self._chosen.get(key) or self._choose(*key)
         out = implementation(*args, **kwargs)
