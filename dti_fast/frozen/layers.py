@@ -7,7 +7,7 @@ A module becomes frozen by changing its class to one of these (`dti_fast.frozen.
 import copy
 from collections import Counter
 from contextlib import suppress
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import chain
 
 import torch
@@ -254,6 +254,7 @@ def frozen_classes() -> dict[type, type[Frozen]]:
     with suppress(ImportError):
         classes += _diffusers_layers()
     for frozen in classes:
+        frozen.__qualname__ = frozen.__qualname__.rpartition(".")[2]
         frozen.__name__ = frozen.stock().__name__  # by which libraries look for blocks to compile or to wrap
     return {frozen.stock(): frozen for frozen in classes}
 
@@ -264,36 +265,40 @@ def block_class(stock: type) -> type[Frozen]:
 
     @wraps(stock.forward)
     def forward(self, *args, **kwargs):
-        def compute(*args, **kwargs):
-            return stock.forward(self, *args, **kwargs)
+        compute = partial(stock.forward, self)
+        if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+            return _checkpointed_with_cache(self, compute, *args, **kwargs)
+        return _checkpointed(self, compute, *args, **kwargs)
 
-        caches = [name for name, value in kwargs.items() if _is_cache(value)]
-        if not caches and not any(map(_is_cache, args)):
-            return _checkpointed(self, compute, *args, **kwargs)
-        if len(caches) != 1 or type(kwargs[caches[0]]).__name__ != "DynamicCache":
-            return compute(*args, **kwargs)
-        (name,) = caches
-        # Keys and values go into the cache once: the second time into a copy of what it was, which is kept instead.
-        present, before = [kwargs[name]], _copy_cache(kwargs.pop(name))
-
-        def compute_with_cache(*args, **kwargs):
-            return compute(*args, **kwargs, **{name: present.pop() if present else _copy_cache(before)})
-
-        return _checkpointed(self, compute_with_cache, *args, **kwargs)
-
-    names = {"__module__": __name__, "__qualname__": f"Frozen{stock.__qualname__}", "recompute": "block"}
+    names = {"__module__": __name__, "__qualname__": f"Frozen{stock.__name__}", "recompute": "block"}
     return type(stock.__name__, (Frozen, stock), {**names, "forward": forward})
 
 
-def _is_cache(value) -> bool:
-    return hasattr(value, "get_seq_length")  # transformers' caches of keys and values
+def _checkpointed_with_cache(module: nn.Module, function, *args, **kwargs):
+    """`_checkpointed` for a block that puts keys and values into one of transformers' caches.
 
+    They go into it once.  The second time they go into a copy of what the cache was, as far as it is the block's own.
+    Caches that write to their tensors are left alone, and their block is not computed again.
+    """
+    name = next((name for name, value in kwargs.items() if hasattr(value, "get_seq_length")), None)
+    index = {child.layer_idx for child in module.modules() if hasattr(child, "layer_idx")}
+    present = [kwargs.pop(name, None)]
+    kinds = {type(part).__name__ for part in (*present, *getattr(present[0], "layers", ()))}
+    replaces_tensors = kinds <= {"DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer"}
+    if not replaces_tensors or present[0].offloading or len(index) != 1:
+        return function(*args, **kwargs, **({} if name is None else {name: present[0]}))
 
-def _copy_cache(cache):
-    """A cache of its own with the same tensors, which a DynamicCache replaces and never writes to."""
-    cache = copy.copy(cache)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]
-    return cache
+    def own(cache):
+        copied = copy.copy(cache)
+        copied.layers = [copy.copy(layer) if i in index else None for i, layer in enumerate(cache.layers)]
+        return copied
+
+    before = own(present[0])
+
+    def compute(*args, **kwargs):
+        return function(*args, **kwargs, **{name: present.pop() if present else own(before)})
+
+    return _checkpointed(module, compute, *args, **kwargs)
 
 
 def _frozen_class(stock: type) -> type[Frozen] | None:
@@ -311,7 +316,7 @@ def fusable_pairs(module: nn.Module):
     Only where nothing else can see the difference: both are the model's alone, without hooks, and the model's forward
     is the one of its class.
     """
-    parents = Counter(child for parent in module.modules() for child in parent._modules.values())
+    parents = Counter(child for parent in module.modules() for child in parent._modules.values())  # of each module
     for child in module.modules():
         norm, activation = (child._modules.get(name) for name in ("conv_norm_out", "conv_act"))
         if type(norm) is not FrozenGroupNorm or type(activation) is not nn.SiLU:
