@@ -263,9 +263,11 @@ def frozen_classes() -> dict[type, type[Frozen]]:
 def block_class(stock: type) -> type[Frozen]:
     """The frozen class of any other block: its own forward, computed again in the backward pass."""
 
-    @wraps(stock.forward)
+    stock_forward = stock.forward  # torch.compile cannot take it from a class that diffusers allows in its graphs
+
+    @wraps(stock_forward)
     def forward(self, *args, **kwargs):
-        compute = partial(stock.forward, self)
+        compute = partial(stock_forward, self)
         if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
             return _checkpointed_with_cache(self, compute, *args, **kwargs)
         return _checkpointed(self, compute, *args, **kwargs)
