@@ -6,8 +6,10 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline, SanaTransformer2DModel, UNet2DConditionModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -210,6 +212,23 @@ def test_keeps_no_input(precision):
     del x
     assert reference() is None
     assert out.requires_grad
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_offloading_takes_the_weights_away_before_the_backward_pass(precision, recomputed):
+    model = nn.Sequential(frozen_linear(), nn.Tanh(), frozen_linear(80, 80, seed=1))
+    quantise_frozen(model, precision)
+    x = torch.randn(4, 96, requires_grad=True)
+
+    def gradient():
+        out = checkpoint(model, x, use_reentrant=False) if recomputed else model(x)
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    exact = gradient()
+    cpu_offload(model, execution_device="cpu")
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.equal(gradient(), exact)
 
 
 def text_gradient(unet):

@@ -30,11 +30,12 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: "QuantisedLinear", bias: Tensor | None) -> Tensor:
         ctx.layer = layer
+        ctx.save_for_backward(*layer.matrix())  # offloading may take them from the layer before the backward pass
         return layer.product(x, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad @ ctx.layer.dequantised(grad.dtype), None, None
+        return grad @ ctx.layer.expand(grad.dtype, *ctx.saved_tensors), None, None
 
 
 class QuantisedLinear(nn.Linear):
@@ -63,6 +64,14 @@ class QuantisedLinear(nn.Linear):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight `[out, in]` that the layer stands for."""
+        return self.expand(dtype, *self.matrix())
+
+    def matrix(self) -> tuple[Tensor, ...]:
+        """The weight in the quantised format, and its scales."""
+        return self.weight, *self.buffers(recurse=False)
+
+    def expand(self, dtype: torch.dtype, weight: Tensor, *scales: Tensor) -> Tensor:
+        """The weight `[out, in]` that `matrix` stands for."""
         raise NotImplementedError
 
 
@@ -86,8 +95,8 @@ class Int8Linear(QuantisedLinear):
         out = torch.ops.bitsandbytes.int8_scaled_mm(rows, self.weight, row_scale, self.scale, bias=bias, dtype=x.dtype)
         return out.reshape(*x.shape[:-1], self.out_features)
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        return self.weight.to(dtype) * (self.scale / 127).to(dtype).unsqueeze(1)
+    def expand(self, dtype: torch.dtype, weight: Tensor, scale: Tensor) -> Tensor:
+        return weight.to(dtype) * (scale / 127).to(dtype).unsqueeze(1)
 
 
 class NF4Linear(QuantisedLinear):
@@ -119,14 +128,12 @@ class NF4Linear(QuantisedLinear):
             state_dict[name] = state_dict[name].view(torch.int8)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        table = _scale_table(self.scale.device)
-        scale = torch.ops.bitsandbytes.dequantize_blockwise(
-            self.scale, self.scale_scale, table, SCALE_BLOCK, torch.float32
-        )
+    def expand(self, dtype, weight: Tensor, scale: Tensor, scale_scale: Tensor, scale_mean: Tensor) -> Tensor:
+        table = _scale_table(scale.device)
+        scale = torch.ops.bitsandbytes.dequantize_blockwise(scale, scale_scale, table, SCALE_BLOCK, torch.float32)
         shape = (self.out_features * self.in_features,)
-        packed = self.weight.view(torch.uint8)
-        flat = torch.ops.bitsandbytes.dequantize_4bit(packed, scale + self.scale_mean, BLOCK, "nf4", shape, dtype)
+        packed = weight.view(torch.uint8)
+        flat = torch.ops.bitsandbytes.dequantize_4bit(packed, scale + scale_mean, BLOCK, "nf4", shape, dtype)
         return flat.view(self.out_features, self.in_features)
 
 
