@@ -12,6 +12,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
@@ -266,6 +267,34 @@ def test_every_bias_made_trainable_later_gets_its_gradient(unet, recompute):
     assert len(ours) > 60
     for name, exact in stock.items():
         torch.testing.assert_close(ours[name], exact, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.LayerNorm((4, 5)), (2, 4, 5)),
+        (nn.LayerNorm((4, 5), elementwise_affine=False), (2, 4, 5)),
+        (nn.LayerNorm(5).double(), (2, 4, 5)),
+        (nn.GroupNorm(2, 6).double(), (2, 6, 4)),
+        (nn.Conv2d(3, 4, 3), (3, 8, 9)),
+        (nn.Conv2d(3, 4, 3).double(), (2, 3, 8, 9)),
+        (GEGLU(6, 8).double(), (2, 5, 6)),
+    ],
+)
+def test_what_the_ops_do_not_take_goes_the_stock_way(layer, shape):
+    """Several dimensions under one LayerNorm, a picture without a batch, float64."""
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    dtype = next((p.dtype for p in layer.parameters()), torch.float32)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+
+    def both():
+        out = layer(x)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), x)
+
+    exact = both()
+    optimize_frozen(layer)
+    assert isinstance(layer, layers.Frozen)
+    assert close(both(), exact)
 
 
 def test_recomputation_draws_the_same_dropout():

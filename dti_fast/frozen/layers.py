@@ -74,9 +74,14 @@ def bare(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not any(hooks)
 
 
-def _trains(module: nn.Module) -> bool:
-    """Whether weight or bias has been made trainable since."""
-    return any(p is not None and p.requires_grad for p in (module.weight, module.bias))
+def _stock_way(module: nn.Module, x: Tensor) -> bool:
+    """Whether `x` is small or of a dtype that the ops do not take, or weight or bias have been made trainable since."""
+    trainable = any(p is not None and p.requires_grad for p in (module.weight, module.bias))
+    return trainable or _small(x)
+
+
+def _small(x: Tensor) -> bool:
+    return x.numel() < SMALL or x.dtype == torch.float64
 
 
 class _FrozenConvolution(torch.autograd.Function):
@@ -107,7 +112,7 @@ class FrozenConv2d(Frozen, nn.Conv2d):
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() < SMALL or _trains(self) or not x.requires_grad:
+        if _stock_way(self, x) or not x.requires_grad or x.dim() != 4:
             return super().forward(x)
         return _FrozenConvolution.apply(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
@@ -118,7 +123,7 @@ class FrozenLayerNorm(Frozen, nn.LayerNorm):
     """Through `dti_fast.ops.layer_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() < SMALL or _trains(self):
+        if _stock_way(self, x) or x.shape[-1:] != self.normalized_shape:
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
@@ -133,7 +138,7 @@ class FrozenGroupNorm(Frozen, nn.GroupNorm):
 
     def normalise(self, x: Tensor, silu: bool) -> Tensor:
         """The normalised input, and the SiLU of it if `silu`; one tensor is kept for both."""
-        if x.numel() < SMALL or _trains(self):
+        if _stock_way(self, x):
             out = super().forward(x)
             return F.silu(out) if silu else out
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, silu)
@@ -171,7 +176,7 @@ def _diffusers_layers() -> list[type]:
 
         def forward(self, hidden_states):
             projected = self.proj(hidden_states)
-            if projected.numel() < SMALL:
+            if _small(projected):
                 hidden, gate = projected.chunk(2, dim=-1)
                 return hidden * F.gelu(gate)
             return geglu(projected)
