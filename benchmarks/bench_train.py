@@ -27,7 +27,7 @@ from benchmarks._peers import diffusers_ti, official_dti, ours
 from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.data.latents import encode_moments
 from dti_fast.formats import write_embeddings
-from dti_fast.frozen.plan import GIB
+from dti_fast.memory.plan import GIB
 
 STEPS = 400  # of a finished concept, the paper's for SDXL
 OURS = "dti-fast"

@@ -46,7 +46,7 @@ import torch
 from benchmarks import _harness
 from benchmarks._harness import matrix_rate, seconds_per_call
 from benchmarks._ops import by_stem
-from dti_fast.frozen.plan import GIB
+from dti_fast.memory.plan import GIB
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dti_fast.cli import main as dti_fast
-from dti_fast.frozen.plan import GIB
+from dti_fast.memory.plan import GIB
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from dti_fast.frozen.plan import CUDA_CONTEXT, FRAGMENTATION, GIB, MARGIN, MODES, PASS_FLOPS, WORKSPACES, Plan
+from dti_fast.memory.plan import CUDA_CONTEXT, FRAGMENTATION, GIB, MARGIN, MODES, PASS_FLOPS, WORKSPACES, Plan
 from dti_fast.trainer.budget import Survey
 
 from benchmarks._harness import update_section

@@ -10,7 +10,7 @@ import torch
 import dti_fast.kernels
 from benchmarks import _ops, bench_ops, gpu_suite, kernel_errors, kernel_resources
 from dti_fast import ops
-from dti_fast.frozen.live_bytes import LiveBytes
+from dti_fast.memory.live_bytes import LiveBytes
 from dti_fast.ops import _dispatch
 
 CPU = torch.device("cpu")
