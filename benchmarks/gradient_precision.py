@@ -191,7 +191,7 @@ def table(result: dict) -> str:
         part = result[name]
         lines += [
             f"Cosine between the embedding's gradient and the one in float32, {title}, {part['seeds']} draws:\n",
-            "| --base_precision | computes in | recompute | median | worst | |",
+            "| weights in | computes in | recompute | median | worst | |",
             "|---|---|---|---|---|---|",
         ]
         for row in part["rows"]:
