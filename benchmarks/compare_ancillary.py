@@ -29,10 +29,10 @@ from dti_fast.loss import diffusion_loss
 from dti_fast.pipelines import load_embedding, load_lora, lora_of
 from dti_fast.pocket import world
 from dti_fast.pocket.bench import HELD_OUT_PLACES, Clauses, Scale, prompt_fidelity
-from dti_fast.pocket.build import draw_concept
 from dti_fast.pocket.recognise import Recognition
 from dti_fast.session import Session
 from dti_fast.trainer.config import TrainConfig
+from tools.pocket.build import draw_concept
 
 VARIANTS = {
     "DTI": {},
