@@ -277,7 +277,7 @@ class Backbone:
 
 
 @contextmanager
-def decode_in_tiles(vae: nn.Module, side: int = 512) -> Iterator[None]:
+def decode_in_tiles(vae, side: int = 512) -> Iterator[None]:
     """Let an AutoencoderKL decode tiles of `side` pixels, blended where they overlap; pictures change slightly."""
     before = vae.tile_sample_min_size, vae.tile_latent_min_size
     vae.tile_sample_min_size, vae.tile_latent_min_size = side, side * before[1] // before[0]
