@@ -193,23 +193,19 @@ def memory(context: Context) -> None:
     """The most bytes of a step: counted, with what the plan assumes on top, and measured."""
     from functools import partial
 
-    from dti_fast.trainer.budget import DTYPES, Survey
-
     from benchmarks._count import count_task
     from benchmarks._models import make_task
     from benchmarks._peers import ours
-    from dti_fast.trainer.config import TrainConfig
+    from dti_fast.memory.estimator import DTYPES, Estimator
 
     cuda = context.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     for size in [("pocket", 32, 2)] if context.smoke else [("sd15", 512, 4), ("sdxl", 768, 4), ("sdxl", 1024, 1)]:
         model, resolution, batch = size
-        config = TrainConfig(
-            pretrained_model_name_or_path=model, resolution=resolution, train_batch_size=batch
-        )  # fmt: skip
-        survey, task = Survey(config, dtype), make_task(*size, dtype, context.device)
+        estimator = Estimator(model, dtype, batch=batch, resolution=resolution)
+        task = make_task(*size, dtype, context.device)
         for mode in ("none", "geglu", "block"):
-            plan = survey.plan(DTYPES[dtype], mode, batch)
+            plan = estimator.plan(DTYPES[dtype], mode, batch)
             contender = partial(ours, recompute=mode)
             row = {name: nbytes / GIB for name, nbytes in plan.parts.items()} | {"counted": plan.step.peak / GIB}
             if cuda:
@@ -297,11 +293,11 @@ def _run(context: Context, module: str, *arguments, check: bool = True) -> int:
 
 def _arguments(model: str | Path, output: Path, settings: dict) -> list:
     """Flags of a training run on the bundled pictures."""
-    from dti_fast.trainer.config import POCKET_CONCEPT
+    from dti_fast.backbones.pocket import Pocket
 
     settings = {
-        "pretrained_model_name_or_path": model, "train_data_dir": POCKET_CONCEPT, "output_dir": output,
-        "placeholder_token": "<toy>", "initializer_token": "creature", **settings,
+        "pretrained_model_name_or_path": model, "train_data_dir": Pocket.concept, "output_dir": output,
+        "placeholder_token": "<toy>", "initializer_token": Pocket.initializer, **settings,
     }  # fmt: skip
     return [part for name, value in settings.items() for part in (f"--{name}", value)]
 

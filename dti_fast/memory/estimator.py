@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class Estimator:
                     fake = self._fake.from_tensor(p.detach())
                     child.register_parameter(name, nn.Parameter(fake, p.requires_grad))
 
-    def _stored(self, what: str, count: Callable[[], list | int]) -> list | int:
+    def _stored(self, what: str, count: Callable[[], Any]) -> Any:
         """What `count` gives, or gave once for a model of the same configuration."""
         if self._key is None:
             return count()
@@ -112,7 +113,8 @@ class Estimator:
 
     def _dataset(self, count: int) -> Dataset:
         """Under `FakeTensorMode`, `count` pictures and prompts."""
-        tokens = [tuple(torch.ones(count, length, dtype=torch.int64) for _ in range(2)) for length in self._lengths]
+        ids = [torch.ones(count, length, dtype=torch.int64) for length in self._lengths]
+        tokens = [(of_encoder, torch.ones_like(of_encoder)) for of_encoder in ids]
         latents = self._latents(count)
         return Dataset(latents, latents, torch.empty(count, 6), tokens, False)
 
