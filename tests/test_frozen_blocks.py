@@ -12,6 +12,7 @@ from diffusers import (
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
+from dti_fast.frozen.live_bytes import LiveBytes
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -27,7 +28,6 @@ from transformers import (
 
 from dti_fast import optimize_frozen, restore
 from dti_fast.frozen import left_stock
-from dti_fast.frozen.live_bytes import LiveBytes
 
 
 def sana():

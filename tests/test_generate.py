@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from dti_fast.generate import blend_concepts, generate_pictures
 from PIL import Image
 from runs import command, refused
 
