@@ -12,7 +12,7 @@ from diffusers import (
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
-from dti_fast.frozen.live_bytes import LiveBytes
+from dti_fast.memory.live_bytes import LiveBytes
 from torch import nn
 from transformers import (
     Gemma2Config,
