@@ -22,7 +22,7 @@ def skeleton(name: str, dtype: torch.dtype) -> Backbone:
     """
     import diffusers
 
-    folder = _configurations(name)
+    folder = configurations(name)
     default_dtype = torch.get_default_dtype()
     try:
         index = diffusers.DiffusionPipeline.load_config(folder)
@@ -39,16 +39,16 @@ def skeleton(name: str, dtype: torch.dtype) -> Backbone:
         absent = {part: None for part, value in index.items() if isinstance(value, list) and part not in parts}
         settings = {key: value for key, value in index.items() if not key.startswith("_") and key not in absent}
         pipeline = pipeline_class(**{**settings, **absent, **parts, **family.load_arguments})
-        pipeline.set_progress_bar_config(disable=True)  # of denoising, which `tokenize` begins
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"the configuration of {name!r} cannot be read: {reason}") from error
     finally:
         torch.set_default_dtype(default_dtype)
+    pipeline.set_progress_bar_config(disable=True)
     return family(pipeline)
 
 
-def _configurations(name: str) -> str:
+def configurations(name: str) -> str:
     """A folder or hub id that holds the configurations of a model."""
     if name in BUNDLED:
         return str(BUNDLED[name].folder)

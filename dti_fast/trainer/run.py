@@ -165,7 +165,7 @@ def run(
 
         def preview(name: str) -> Path:
             told.phase("drawing the preview")
-            save_preview(config, backbone, job.pictures, config.output_dir / name, budget.tiled_decoding)
+            save_preview(config, backbone, job.pictures, config.output_dir / name, budget)
             told.phase("")
             told.preview(step, config.output_dir / name)
             return config.output_dir / name
