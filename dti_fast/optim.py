@@ -84,6 +84,8 @@ class _Spherical(torch.optim.Optimizer):
                     )
                 if p.grad is None:
                     continue
+                if not self.state[p] and p.device.type == "cpu":  # other rows may have been loaded since
+                    self._check(p, group)
                 # The model may have moved, or a state come from another device: torch moves none of these.
                 for key, value in self.state[p].items():
                     self.state[p][key] = value.to(p.device)
@@ -112,10 +114,9 @@ def _check_unit(rows: Tensor, what: str) -> None:
     """Raise a ValueError that begins with `what` unless all rows have a norm of 1."""
     if rows.device.type == "meta":
         return
-    norms = torch.linalg.vector_norm(rows.detach(), dim=-1)
-    wrong = ~((norms - 1).abs() < 1e-2)  # not a number is wrong, too
-    if wrong.any():
-        raise ValueError(f"{what}; got a row of norm {norms[wrong][0].item():.4g}")
+    off = (torch.linalg.vector_norm(rows.detach(), dim=-1) - 1).abs().max().item()
+    if not off < 1e-2:  # not a number is wrong, too
+        raise ValueError(f"{what}; got a row whose norm is {off:.4g} away from 1")
 
 
 def _has_gradient(grad: Tensor) -> Tensor:
@@ -150,8 +151,8 @@ def _turn(
     grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
     """Move unit rows `v` one step along the sphere, in place, and count it in `state` (`_start`)."""
-    taken = torch.ones((), dtype=torch.bool, device=v.device) if found_inf is None else (found_inf == 0).reshape(())
-    state["step"] += taken & _has_gradient(grad) if group["beta"] > 0 else taken
+    taken = 1 if found_inf is None else (found_inf == 0).reshape(())
+    state["step"] += taken * _has_gradient(grad) if group["beta"] > 0 else taken
     kappa = group["kappa"]
     if group["relative"]:  # the prior is added here, so that the step has none to add
         grad, kappa, grad_scale = _with_prior(v, grad, mu, group, grad_scale), 0.0, None
@@ -188,8 +189,8 @@ class SphericalSGD(_Spherical):
 
     Raises:
         ValueError: for a parameter that is not a float `[K, D]` of unit rows, for `kappa` without `mu`, or for settings
-            out of range.  Norms are looked at here and, on the CPU, at every step; elsewhere that would wait for the
-            device.
+            out of range.  Norms are looked at here and, on the CPU, at the first step; elsewhere that would wait for
+            the device.
 
     Warns:
         UserWarning: for an lr so small that hardly anything moves, and in `step` for a parameter that was frozen since.
@@ -210,8 +211,6 @@ class SphericalSGD(_Spherical):
         super().__init__(params, defaults)
 
     def _update(self, p, group, lr, grad_scale, found_inf):
-        if p.device.type == "cpu":
-            self._check(p, group)
         if not self.state[p]:
             self.state[p] = _start(p, group)
         mu = group["mu"] = None if group["mu"] is None else group["mu"].to(p.device)
@@ -340,8 +339,6 @@ class SphericalAdam(_Spherical):
         super().__init__(params, defaults)
 
     def _update(self, p, group, lr, grad_scale, found_inf):
-        if p.device.type == "cpu":
-            self._check(p, group)
         state, (b1, b2) = self.state[p], group["betas"]
         if not state:
             state["step"] = torch.zeros((len(p), 1), dtype=torch.float32, device=p.device)
