@@ -136,6 +136,7 @@ def test_hidden_states_equal_a_stock_pipeline_that_loaded_the_file(encoder, tiny
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:a prompt has '<x>' without its other vectors")
 @pytest.mark.parametrize("other_concept", [False, True])
 def test_the_gradient_of_a_learned_magnitude(encoder, other_concept):
     """Against autograd through the plain formula e = m0 exp(s) v, at s != 0, in a text encoder of float64."""
