@@ -174,7 +174,10 @@ class TokenEmbedding(nn.Module):
 
     def state_dict(self, *args, prefix: str = "", **kwargs) -> dict:
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        state[f"{prefix}weight"] = state.pop(f"{prefix}vocabulary.weight")
+        weight = state.pop(f"{prefix}vocabulary.weight")
+        # Copies, because T5 holds its embedding in two places, and safetensors writes no tensor twice.
+        state |= {k: v.clone() for k, v in state.items() if k.startswith(prefix) and not kwargs.get("keep_vars")}
+        state[f"{prefix}weight"] = weight
         return state
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:

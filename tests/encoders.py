@@ -1,7 +1,7 @@
 """Tiny text encoders with random weights whose tokenizers differ from CLIP's: Gemma 2, Qwen 3 and T5.
 
-All have more rows than words, as the published ones do.  Gemma's and Qwen's tokenizers have a token for a lone space and
-make a word's first space a part of it; Gemma's embedding scales its rows; T5's is held in two places.
+All have more rows than words, as the published ones do.  Gemma's and Qwen's tokenizers have a token for a lone space
+and make a word's first space a part of it; Gemma's embedding scales its rows; T5's is held in two places.
 """
 
 import json
