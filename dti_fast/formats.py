@@ -257,6 +257,8 @@ def load_vectors(
     pairs = [(pipeline.text_encoder, pipeline.tokenizer)]
     if getattr(pipeline, "text_encoder_2", None) is not None:
         pairs.append((pipeline.text_encoder_2, pipeline.tokenizer_2))
+    if pipeline.text_encoder is None:  # SDXL's refiner has the second one alone
+        pairs, vectors = pairs[1:], vectors[-1:]
     widths = [encoder.get_input_embeddings().weight.shape[1] for encoder, _ in pairs]
     if widths != [v.shape[1] for v in vectors]:
         raise UserError(
@@ -273,8 +275,8 @@ def load_vectors(
         pipeline.load_textual_inversion(
             {token: tensor if len(tensor) > 1 else tensor[0]}, text_encoder=text_encoder, tokenizer=tokenizer
         )
-    if pooling == "eos" and len(pairs) == 2:
-        text_encoder, tokenizer = pairs[1]
+    if pooling == "eos" and getattr(pipeline, "text_encoder_2", None) is not None:
+        text_encoder, tokenizer = pairs[-1]
         getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
 
 

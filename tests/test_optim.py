@@ -202,6 +202,32 @@ def test_a_parameter_that_was_frozen_is_told(optimizer):
         one.step()
 
 
+def test_rows_that_peft_froze_are_told_and_rows_put_into_a_wrapped_encoder_learn(tiny_pipelines):
+    peft = pytest.importorskip("peft")
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = tiny_pipelines["sd15"]
+
+    def wrap(encoder):
+        return peft.get_peft_model(encoder, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+    for first in (True, False):
+        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").requires_grad_(False)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        encoder = wrap(encoder) if first else encoder
+        concept = TokenEmbedding.install(encoder, tokenizer, "<x>", init="dog")
+        optimizer = SphericalSGD([concept.rows], lr=0.04)
+        wrapped = encoder if first else wrap(encoder)
+        before = concept.rows.detach().clone()
+        wrapped(input_ids=tokenizer("a <x>", return_tensors="pt").input_ids).last_hidden_state[0, 2].sum().backward()
+        if first:
+            optimizer.step()
+        else:
+            with pytest.warns(UserWarning, match="before TokenEmbedding.install"):
+                optimizer.step()
+        assert torch.equal(concept.rows, before) != first
+
+
 def test_exports():
     assert set(dti_fast.__all__) <= set(dir(dti_fast))
     assert {"DirectionSGD", "SphericalAdam", "train", "load_embedding"} <= set(dti_fast.__all__)
