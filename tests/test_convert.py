@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from runs import dti_fast, refused
 from safetensors.torch import load_file, save_file
 
-from dti_fast.convert import convert
+from dti_fast.commands.convert import convert
 from dti_fast.errors import UserError
 from dti_fast.formats import read_embedding_file, read_embeddings
 
@@ -54,10 +54,11 @@ def test_every_layout_becomes_either_of_ours(tmp_path, layout):
     assert same(file.vectors.values(), expected)
     assert (file.metadata["token"], file.ignored) == (token, ignored)
     for target in (tmp_path / "out.safetensors", tmp_path / "folder"):
-        written = convert(path, target, allow_pickle=True)
+        convert(path, target, allow_pickle=True)
         read, metadata = read_embeddings(target)
         assert same(read, expected)
         assert metadata["token"] == token
+    written = sorted((tmp_path / "folder").iterdir())
     assert [p.name for p in written] == ["learned_embeds.safetensors", "learned_embeds_2.safetensors"][: len(expected)]
     assert [list(load_file(p)) for p in written] == [[token]] * len(expected)
     keys = ["emb_params"] if len(expected) == 1 else ["clip_g", "clip_l"]
@@ -104,7 +105,7 @@ def test_stock_diffusers_reads_what_it_wrote(tiny_pipelines, tmp_path):
 def test_renorm_sets_the_norm_and_keeps_the_direction(tiny_pipelines, tmp_path, norm):
     source = write(tmp_path, "strong.safetensors", {"clip_l": 40 * L, "clip_g": 90 * G})
     model = str(tiny_pipelines["sdxl"])
-    convert(source, tmp_path / "weak.safetensors", renorm=norm, model=model if isinstance(norm, str) else None)
+    convert(source, tmp_path / "weak.safetensors", renorm=norm, pretrained_model_name_or_path=model)
     pipeline = StableDiffusionXLPipeline.from_pretrained(model)
     vectors, _ = read_embeddings(tmp_path / "weak.safetensors")
     for after, before, encoder in zip(vectors, (L, G), (pipeline.text_encoder, pipeline.text_encoder_2), strict=True):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
+from dti_fast.backbones.load import load_backbone
 from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments
 from dti_fast.data.prompts import training_prompts
@@ -66,9 +66,10 @@ def test_captions_and_templates(tmp_path):
 
 
 def test_moments_have_the_distribution_of_encoding_anew(tiny_pipelines):
-    vae = AutoencoderKL.from_pretrained(tiny_pipelines["sd15"], subfolder="vae")
+    backbone = load_backbone(str(tiny_pipelines["sd15"]), torch.float32, torch.device("cpu"))
+    vae = backbone.vae
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    mean, std = encode_moments(vae, pixels)
+    mean, std = encode_moments(backbone, pixels)
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
