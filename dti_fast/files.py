@@ -23,7 +23,12 @@ def hash_tensors(tensors: Iterable[Tensor]) -> str:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write UTF-8 under a temporary name, then rename it."""
+    """Write UTF-8 under a temporary name, then rename it; UserError if the text holds a file's name that is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 20) : error.end + 20]
+        raise UserError(f"{path.name} cannot hold {part!r}: rename that file or folder to UTF-8 text") from None
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
