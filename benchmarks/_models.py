@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dti_fast.backbones.skeleton import skeleton
 from dti_fast.backbones.load import POCKET, load_backbone
+from dti_fast.backbones.skeleton import skeleton
 from dti_fast.data.draws import Dataset
 from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from dti_fast.trainer.loop import diffusion_loss, train_step
 from torch import Tensor, nn
 
 from benchmarks._models import Task
@@ -23,7 +24,6 @@ from dti_fast.reference.sphere_step import sphere_step
 from dti_fast.trainer.config import TrainConfig
 from dti_fast.trainer.graph import CapturedStep
 from dti_fast.trainer.learner import Learner
-from dti_fast.trainer.loop import diffusion_loss, train_step
 from dti_fast.trainer.monitor import Monitor
 
 SEED, KAPPA, LR = 42, 1e-4, 0.04

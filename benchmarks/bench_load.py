@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from benchmarks._harness import provenance
-from dti_fast.backbones.skeleton import skeleton
 from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.skeleton import skeleton
 from dti_fast.frozen.quantise import PRECISIONS
 
 CPU = torch.device("cpu")

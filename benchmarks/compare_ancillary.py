@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dti_fast.trainer.loop import diffusion_loss, train
 from PIL import Image
 
 from benchmarks._harness import provenance
@@ -23,13 +24,12 @@ from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.data.draws import Dataset, Draws
 from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments
-from dti_fast.pocket.bench import HELD_OUT_PLACES, Clauses, Scale, prompt_fidelity
 from dti_fast.formats import load_embedding, load_lora
 from dti_fast.pocket import world
-from dti_fast.pocket.build import draw_concept
+from dti_fast.pocket.bench import HELD_OUT_PLACES, Clauses, Scale, prompt_fidelity
 from dti_fast.pocket.recognise import Recognition
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, train
+from tools.pocket.build import draw_concept
 
 VARIANTS = {
     "DTI": {},

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from dti_fast.trainer.loop import train
 from torch import Tensor
 
 from benchmarks import _evidence_report
@@ -25,13 +26,12 @@ from benchmarks._harness import provenance
 from benchmarks.pocket_samples import through_autoencoder
 from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.blend import blend
-from dti_fast.pocket import bench as pocket_bench
-from dti_fast.pocket.bench import CREATURES, HELD_OUT_PLACES, Clauses, PocketBench, Scale
 from dti_fast.formats import read_embeddings, write_text
+from dti_fast.pocket import bench as pocket_bench
 from dti_fast.pocket import world
+from dti_fast.pocket.bench import CREATURES, HELD_OUT_PLACES, Clauses, PocketBench, Scale
 from dti_fast.pocket.recognise import FEATURES, Recognition
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import train
 
 SEEDS = (0, 1, 2)
 STEPS = 400

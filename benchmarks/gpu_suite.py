@@ -192,10 +192,11 @@ def memory(context: Context) -> None:
     """The most bytes of a step: counted, with what the plan assumes on top, and measured."""
     from functools import partial
 
+    from dti_fast.trainer.budget import DTYPES, Survey
+
     from benchmarks._count import count_task
     from benchmarks._models import make_task
     from benchmarks._peers import ours
-    from dti_fast.trainer.budget import DTYPES, Survey
     from dti_fast.trainer.config import TrainConfig
 
     cuda = context.device.type == "cuda"

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from dti_fast.trainer.loop import diffusion_loss, train
 from torch import Tensor, nn
 
 from benchmarks._harness import provenance, update_section
@@ -31,7 +32,6 @@ from dti_fast.frozen.engine import RECOMPUTE, optimize_frozen, restore
 from dti_fast.frozen.quantise import PRECISIONS, quantise_frozen
 from dti_fast.tokens import TokenEmbedding
 from dti_fast.trainer.config import POCKET_CONCEPT, TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # --base_precision and the dtype of the computation: bf16, as on a GPU.

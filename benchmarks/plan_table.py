@@ -8,11 +8,11 @@ import argparse
 from pathlib import Path
 
 import torch
+from dti_fast.frozen.plan import CUDA_CONTEXT, FRAGMENTATION, GIB, MARGIN, MODES, PASS_FLOPS, WORKSPACES, Plan
+from dti_fast.trainer.budget import Survey
 
 from benchmarks._harness import update_section
 from dti_fast.errors import UserError
-from dti_fast.frozen.plan import CUDA_CONTEXT, FRAGMENTATION, GIB, MARGIN, MODES, PASS_FLOPS, WORKSPACES, Plan
-from dti_fast.trainer.budget import Survey
 from dti_fast.trainer.config import TrainConfig
 
 NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from dti_fast.backbones.load import POCKET, load_backbone
-from dti_fast.pocket.bench import PROMPTS, PocketBench
 from dti_fast.pocket import world
-from dti_fast.pocket.build_recogniser import draw_scene
+from dti_fast.pocket.bench import PROMPTS, PocketBench
 from dti_fast.pocket.recognise import FEATURES, PARTS, Recognition
+from tools.pocket.build_recogniser import draw_scene
 
 GATES = {"place": 0.95, "style": 0.95, "accessory": 0.80, "similarity": 0.60}
 

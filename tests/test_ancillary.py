@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from dti_fast.trainer.loop import diffusion_loss, train, train_step
 from runs import ENVIRONMENT, dti_fast, train_arguments
 from safetensors.torch import load_file
 from steps import GOOD, setup
@@ -18,7 +19,6 @@ from dti_fast.backbones.load import POCKET_FOLDER
 from dti_fast.data.draws import draw
 from dti_fast.errors import UserError
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, train, train_step
 
 BOTH = {"lora_rank": 4, "lora_learning_rate": 1e-2, "train_magnitude": True}
 

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dti_fast.frozen.plan import GIB, MARGIN
+from dti_fast.trainer.budget import OutOfMemory, Survey
+from dti_fast.trainer.loop import train
 from runs import dti_fast, train_arguments
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dti_fast.backbones.stable_diffusion import StableDiffusion
 from dti_fast.data.draws import Draws
-from dti_fast.frozen.plan import GIB, MARGIN
 from dti_fast.trainer import budget
-from dti_fast.trainer.budget import OutOfMemory, Survey
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import train
 from dti_fast.trainer.preview import decode_in_tiles
 
 STEPS = 5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dti_fast.generate import generate_pictures
 from PIL import Image
 from runs import dti_fast, refused, write_pictures
 from tiny import _tokenizer
@@ -27,7 +28,6 @@ from dti_fast.evaluate.run import evaluate
 from dti_fast.evaluate.scorers import SubjectScorer, TextScorer, masked, open_picture
 from dti_fast.evaluate.statistics import bootstrap
 from dti_fast.formats import write_embeddings, write_single_file
-from dti_fast.generate import generate_pictures
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE = 28

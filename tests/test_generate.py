@@ -3,12 +3,12 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from dti_fast.generate import blend_concepts, generate_pictures
 from PIL import Image
 from runs import dti_fast, refused
 
 from dti_fast.errors import UserError
 from dti_fast.formats import write_single_file
-from dti_fast.generate import blend_concepts, generate_pictures
 
 
 @pytest.fixture

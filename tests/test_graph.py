@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dti_fast.trainer.loop import train_step
 from runs import dti_fast, train_arguments
 from safetensors.torch import load_file
 from steps import setup
@@ -12,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from dti_fast.data.draws import draw
 from dti_fast.trainer.graph import WARM_UP, CapturedStep, captured
-from dti_fast.trainer.loop import train_step
 from dti_fast.trainer.monitor import Monitor
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from dti_fast.generate import generate_pictures
 from safetensors.torch import load_file
 
 from dti_fast.backbones.configs import config_folder
@@ -13,7 +14,6 @@ from dti_fast.errors import UserError
 from dti_fast.formats import load_lora, lora_of, write_embeddings
 from dti_fast.frozen import layers, optimize_frozen
 from dti_fast.frozen.quantise import quantise_frozen
-from dti_fast.generate import generate_pictures
 from dti_fast.trainer.parts.adamw8bit import AdamW8bit, state_bytes
 from dti_fast.trainer.parts.lora import Lora, dco_loss, write_lora
 

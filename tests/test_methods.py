@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dti_fast.trainer.loop import diffusion_loss, train, train_step
 from runs import dti_fast, refused, train_arguments
 from steps import GOOD, setup
 
@@ -15,7 +16,6 @@ from dti_fast.errors import UserError
 from dti_fast.formats import read_embeddings, read_tensors
 from dti_fast.optim import SphericalAdam
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, train, train_step
 
 METHODS = [
     {"method": "ti"},

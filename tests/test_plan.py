@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from dti_fast.frozen.plan import GIB, MARGIN, MODES, TEXT, Model, Plan, Step, choose, compose, ladder, uniform
+from dti_fast.trainer.budget import Survey, micro_batches
 from runs import dti_fast, refused
 
 from benchmarks.bench_memory import measure
 from dti_fast.errors import UserError
 from dti_fast.memory.live_bytes import LiveBytes
-from dti_fast.frozen.plan import GIB, MARGIN, MODES, TEXT, Model, Plan, Step, choose, compose, ladder, uniform
-from dti_fast.trainer.budget import Survey, micro_batches
 from dti_fast.trainer.config import TrainConfig
 
 

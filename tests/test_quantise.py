@@ -14,8 +14,8 @@ from dti_fast.backbones.configs import config_folder
 from dti_fast.errors import UserError
 from dti_fast.frozen import layers
 from dti_fast.frozen.engine import optimize_frozen, restore
-from dti_fast.memory.live_bytes import LiveBytes
 from dti_fast.frozen.quantise import PRECISIONS, quantise_frozen, weight_bytes
+from dti_fast.memory.live_bytes import LiveBytes
 
 
 def frozen_linear(in_features=96, out_features=80, dtype=torch.float32, bias=True, seed=0):

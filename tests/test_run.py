@@ -7,13 +7,13 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from dti_fast.trainer.loop import diffusion_loss, learning_rates, train_step
 from steps import GOOD, setup
 
 from dti_fast import sphere
 from dti_fast.data.draws import Dataset, draw
 from dti_fast.errors import UserError
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, learning_rates, train_step
 from dti_fast.trainer.monitor import GRADIENT_DEADLINE, Monitor
 
 

@@ -116,9 +116,8 @@ class Backbone:
         names = component_names(pipeline.components)
         self.denoiser = getattr(pipeline, names.denoiser)
         self.vae = pipeline.vae
-        present = [i for i, name in enumerate(names.text_encoders) if getattr(pipeline, name) is not None]
-        self.text_encoders = [getattr(pipeline, names.text_encoders[i]) for i in present]
-        self.tokenizers = [getattr(pipeline, names.tokenizers[i]) for i in present]
+        self.text_encoders = [getattr(pipeline, name) for name in names.text_encoders]
+        self.tokenizers = [getattr(pipeline, name) for name in names.tokenizers]
         for module in self.modules():
             module.requires_grad_(False).eval()
 

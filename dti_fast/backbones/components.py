@@ -27,14 +27,15 @@ class ComponentNames:
     tokenizers: list[str]
 
 
-def component_names(names: Mapping) -> ComponentNames:
-    """The parts among the components of a pipeline, or the keys of its model_index.json.
+def component_names(components: Mapping) -> ComponentNames:
+    """The parts among the components of a pipeline, or those that model_index.json names; absent ones are left out.
 
     Raises:
         UserError: if there is no denoiser or no text encoder.
     """
-    denoiser = next((name for name in ("transformer", "unet") if name in names), None)
-    suffixes = [suffix for suffix in ("", "_2", "_3") if f"text_encoder{suffix}" in names]
+    there = {name for name, value in components.items() if value is not None and value != [None, None]}
+    denoiser = next((name for name in ("transformer", "unet") if name in there), None)
+    suffixes = [suffix for suffix in ("", "_2", "_3") if f"text_encoder{suffix}" in there]
     if denoiser is None or not suffixes:
         raise UserError("this pipeline has no denoiser with a text encoder, so there is nothing to train")
     return ComponentNames(denoiser, [f"text_encoder{s}" for s in suffixes], [f"tokenizer{s}" for s in suffixes])
@@ -52,14 +53,9 @@ def read_index(folder: Path) -> dict:
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UserError(f"{str(path)!r} is damaged: it names no pipeline")
     for part, entry in index.items():
-        if isinstance(entry, list) and (len(entry) != 2 or any(not isinstance(e, str | None) for e in entry)):
+        if isinstance(entry, list) and (len(entry) != 2 or {type(e) for e in entry} not in ({str}, {type(None)})):
             raise UserError(f"{str(path)!r} is damaged: {part} is {entry}, no library and class")
     return index
-
-
-def present(index: Mapping, part: str) -> bool:
-    """Whether a model_index.json has a part; it may name one and have none."""
-    return isinstance(index.get(part), list) and None not in index[part]
 
 
 def class_of(library: str, name: str):

@@ -12,7 +12,6 @@ from dti_fast.backbones.components import (
     component_names,
     load_part,
     pick_variant,
-    present,
     read_index,
     reason,
 )
@@ -134,7 +133,7 @@ def fetch(source: str, index: Mapping, variant: str | None, parts: Collection[st
     local = Path(source).is_dir()
     unneeded = {part: None for part, entry in index.items() if isinstance(entry, list) and part not in parts}
     names = component_names(index)
-    models = [part for part in (names.denoiser, "vae", *names.text_encoders) if part in parts and present(index, part)]
+    models = [part for part in (names.denoiser, "vae", *names.text_encoders) if part in parts and part in index]
     for wanted in [variant] if local or variant else [None, "fp16"]:
         try:
             folder = source
@@ -200,7 +199,7 @@ def load_backbone(
     else:
         loaded = dict(ready)
         for part in parts:
-            if part not in loaded and present(index, part):
+            if part not in loaded and index.get(part) not in (None, [None, None]):
                 loaded[part] = load_part(folder, part, index[part], vae_dtype if part == "vae" else dtype, variant)
         pipeline = _assembled(name, index, loaded, family.load_arguments)
     if prediction_type is not None:

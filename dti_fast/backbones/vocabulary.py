@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dti_fast.backbones.components import component_names, load_part, present, reason
+from dti_fast.backbones.components import component_names, load_part, reason
 from dti_fast.backbones.configs import config_folder
 from dti_fast.backbones.load import check_model, fetch, hide_loading_bars, identify, index_of, locate
 from dti_fast.errors import UserError
@@ -75,11 +75,12 @@ def load_vocabularies(name: str, *, variant: str | None = None) -> list[Vocabula
     else:
         index = index_of(source)
         names = component_names(index)
+        if any(index.get(part) in (None, [None, None]) for part in names.tokenizers):
+            raise UserError(f"the model {name!r} has a text encoder without a tokenizer")
         folder, variant = fetch(source, index, variant, (*names.text_encoders, *names.tokenizers))
         pairs = [
             [load_part(folder, part, index[part], torch.float32, variant) for part in pair]
             for pair in zip(names.text_encoders, names.tokenizers, strict=True)
-            if all(present(index, part) for part in pair)
         ]
         tokenizers = [tokenizer for _, tokenizer in pairs]
         weights = [text_encoder.get_input_embeddings().weight.detach() for text_encoder, _ in pairs]

@@ -104,9 +104,7 @@ def read_concepts(paths: Sequence[Path], config: EvaluateConfig) -> list[Concept
             raise UserError(f"{str(path)!r} does not say what it is; give --class_word, such as dog")
         is_style = settings.get("learnable_property") == "style"
         concepts.append(
-            Concept(
-                name, path, vectors, metadata, model, prediction_type, Path(pictures), masks, class_word, is_style
-            )
+            Concept(name, path, vectors, metadata, model, prediction_type, Path(pictures), masks, class_word, is_style)
         )
     return concepts
 
