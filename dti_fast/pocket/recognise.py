@@ -50,9 +50,9 @@ def labels(scene: Scene) -> list[int]:
 def credit(field: str, value) -> np.ndarray:
     """How right each class of a part or feature is if `value` is the truth, float64 in [0, 1].
 
-    Hue, which is a circle, and lightness are divided into bins.  A bin counts in full if the true value lies within half
-    a bin of its centre, not at all from one and a half bins on, and in part between.  So a colour near the border of
-    two bins is right in both.
+    Hue, which is a circle, and lightness are divided into bins.  A bin counts in full if the true value lies within
+    half a bin of its centre, not at all from one and a half bins on, and in part between.  So a colour near the border
+    of two bins is right in both.
     """
     if field not in ("hue", "lightness"):
         return np.eye(len((PARTS | FEATURES)[field]))[label(field, value)]
