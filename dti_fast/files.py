@@ -27,8 +27,8 @@ def write_text(text: str, path: Path) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        part = text[max(0, error.start - 20) : error.end + 20]
-        raise UserError(f"{path.name} cannot hold {part!r}: rename that file or folder to UTF-8 text") from None
+        line = text[: error.start].rpartition("\n")[2] + text[error.start :].partition("\n")[0]
+        raise UserError(f"{path.name} cannot hold {line!r}, which is not UTF-8: rename that file or folder") from None
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -74,12 +74,12 @@ def test_variants(tiny_pipelines, model):
     as_variant(model)
     assert load(model).fingerprint() == plain
     assert len(load_vocabularies(str(model))) == 1
-    unet = weights(model, "unet")
-    save_file({k: -v for k, v in load_file(unet).items()}, unet.with_name("diffusion_pytorch_model.safetensors"))
-    other = load(model).fingerprint()  # the plain weights go before a variant
-    assert other != plain
+    for path in list(model.glob("*/*.fp16.safetensors")):
+        negated = {key: -tensor for key, tensor in load_file(path).items()}
+        save_file(negated, path.with_name(path.name.replace(".fp16", "")), metadata={"format": "pt"})
+    assert load(model).fingerprint() != plain  # the plain weights go before a variant
     assert load(model, variant="fp16").fingerprint() == plain
-    with pytest.raises(UserError, match="has no variant 'bf16' of any part; there is fp16|of text_encoder, vae"):
+    with pytest.raises(UserError, match="has no variant 'bf16' of any part; there is fp16"):
         load(model, variant="bf16")
     with pytest.raises(UserError, match="has no variant 'fp16' of any part; there are only the plain weights"):
         load(tiny_pipelines["sd15"], variant="fp16")
@@ -221,7 +221,7 @@ def test_a_damaged_single_file(tiny_pipelines, tmp_path, monkeypatch):
     for prefix in ("model.diffusion_model.out.", "first_stage_model.decoder.conv_in", "cond_stage_model.transformer"):
         name = next(key for key in sorted(tensors) if key.startswith(prefix))
         save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
-        with pytest.raises(UserError, match="lacks weights of|cannot be loaded"):
+        with pytest.raises(UserError, match=r"lacks weights of|cannot be loaded"):
             load(path)
     for damaged in (whole[: len(whole) // 2], whole[:100], b""):
         path.write_bytes(damaged)
@@ -270,7 +270,7 @@ def test_a_model_of_the_hub_without_a_network(tiny_pipelines, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: True)
     assert load("someone/model").fingerprint() == load(tiny_pipelines["sd15"]).fingerprint()
     weights(folder, "vae").unlink()
-    with pytest.raises(UserError, match="vae' holds no .safetensors weights"):
+    with pytest.raises(UserError, match=r"vae' holds no \.safetensors weights"):
         load("someone/model")
 
 
@@ -287,7 +287,7 @@ def test_other_noise_processes_are_refused(tiny_pipelines, tmp_path, scheduler):
     folder = shutil.copytree(tiny_pipelines["sdxl"], tmp_path / "model")
     scheduler.save_pretrained(folder / "scheduler")
     index(scheduler=["diffusers", type(scheduler).__name__])(folder)
-    with pytest.raises(UserError, match="noise process .* is none that can be trained"):
+    with pytest.raises(UserError, match=r"noise process .* is none that can be trained"):
         load(folder).path()
 
 
