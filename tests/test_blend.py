@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from dti_fast.generate import blend_concepts, generate_pictures
 from PIL import Image
 from runs import dti_fast, refused
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from dti_fast.generate import generate_pictures
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_tiny_single_file
