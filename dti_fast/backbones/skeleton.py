@@ -20,7 +20,7 @@ def skeleton(name: str, dtype: torch.dtype) -> Backbone:
     Raises:
         UserError: as `load_backbone`.
     """
-    folder = _configurations(name)
+    folder = configurations(name)
     index = index_of(folder)
     family = family_of(index["_class_name"], name)
     default_dtype = torch.get_default_dtype()
@@ -38,10 +38,11 @@ def skeleton(name: str, dtype: torch.dtype) -> Backbone:
         raise UserError(f"the configuration of {name!r} cannot be read: {reason(error)}") from error
     finally:
         torch.set_default_dtype(default_dtype)
+    pipeline.set_progress_bar_config(disable=True)
     return family(pipeline)
 
 
-def _configurations(name: str) -> str:
+def configurations(name: str) -> str:
     """A folder or hub id that holds the configurations of a model."""
     if name in BUNDLED:
         return str(BUNDLED[name].folder)

@@ -54,6 +54,10 @@ class Count:
         """Bytes that a part keeps alive for the backward pass."""
         return sum(s.live for s in self.segments[: self.forward] if s.part == part)
 
+    def as_list(self) -> list:
+        """`forward`, and each segment's attributes as a list."""
+        return [self.forward, *(list(vars(segment).values()) for segment in self.segments)]
+
     def flops(self, part: str) -> int:
         return sum(s.flops for s in self.segments if s.part == part)
 
