@@ -4,7 +4,8 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def build_model(folder: str | Path, part: str, index: tuple[str, str]) -> nn.Mod
     return model_class(config)
 
 
+@contextmanager
+def naming(part: str, folder: str | Path) -> Iterator[None]:
+    """Turn what goes wrong in the block into a UserError that names the part of the model in `folder`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many kinds for a damaged file
+        raise UserError(f"the {part} of {str(folder)!r} is damaged or incomplete: {reason(error)}") from error
+
+
 def load_part(folder: Path, part: str, index: tuple[str, str], dtype: torch.dtype, variant: str | None = None):
     """A model, tokenizer or scheduler of a diffusers folder, from safetensors and JSON alone; models in `dtype`.
 
@@ -145,7 +157,7 @@ def load_part(folder: Path, part: str, index: tuple[str, str], dtype: torch.dtyp
     if not place.is_dir():
         raise UserError(f"the model has no {part}: there is no folder {str(place)!r}")
     part_class = class_of(*index)
-    try:
+    with naming(part, folder):
         if not issubclass(part_class, nn.Module):
             loaded = part_class.from_pretrained(folder, subfolder=part, local_files_only=True)
             if hasattr(loaded, "vocab_files_names"):
@@ -156,16 +168,12 @@ def load_part(folder: Path, part: str, index: tuple[str, str], dtype: torch.dtyp
             folder, subfolder=part, dtype=dtype, variant=own, use_safetensors=True, local_files_only=True,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-    except UserError:
-        raise
-    except Exception as error:  # the libraries raise many kinds for a damaged file
-        raise UserError(f"the {part} in {str(place)!r} is damaged or incomplete: {reason(error)}") from error
     missing = [*info["missing_keys"], *(_key(entry) for entry in info["mismatched_keys"])]
     missing += [name for name, tensor in model.named_parameters() if tensor.is_meta and name not in missing]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(
-            f"the {part} in {str(place)!r} is damaged or incomplete: its weights lack {sorted(missing)[0]}{more}, "
+            f"the {part} of {str(folder)!r} is damaged or incomplete: its weights lack {sorted(missing)[0]}{more}, "
             "or have it in another shape than config.json says"
         )
     return model
@@ -192,9 +200,11 @@ def _check_tokenizer(tokenizer, folder: Path) -> None:
     if whole is None or not (folder / whole).is_file():
         lacking = [name for name in files.values() if not (folder / name).is_file()]
         if lacking or not files:
-            raise UserError(f"the {folder.name} in {str(folder)!r} is incomplete: there is no {' or '.join(lacking)}")
+            raise UserError(
+                f"the {folder.name} of {str(folder.parent)!r} is incomplete: there is no {' or '.join(lacking)}"
+            )
     if not tokenizer("a photo", add_special_tokens=False).input_ids:
-        raise UserError(f"the {folder.name} in {str(folder)!r} is damaged: it makes no tokens of text")
+        raise UserError(f"the {folder.name} of {str(folder.parent)!r} is damaged: it makes no tokens of text")
 
 
 def _key(entry) -> str:

@@ -11,10 +11,11 @@ from dti_fast.backbones.components import (
     assemble,
     component_names,
     load_part,
+    naming,
     pick_variant,
     read_index,
     reason,
-)
+)  # fmt: skip
 from dti_fast.backbones.configs import config_folder, identify_single_file, noise_settings
 from dti_fast.backbones.pocket import Pocket
 from dti_fast.backbones.quantised_cache import cached_file, read_quantised, write_quantised
@@ -206,7 +207,7 @@ def load_backbone(
         pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     backbone = family(pipeline)
-    _check_vocabularies(backbone, name)
+    check_vocabularies(backbone, name)
     if quantise and not ready:
         for model in (backbone.denoiser, *backbone.text_encoders):
             quantise_frozen(model, base_precision, device)
@@ -222,10 +223,8 @@ def _assembled(name: str, index: Mapping, parts: Mapping, arguments: Mapping):
     missing = [part for part in (names.denoiser, "vae", "scheduler") if parts.get(part) is None]
     if missing:
         raise UserError(f"the model {name!r} has no {' and no '.join(missing)}")
-    try:
+    with naming("pipeline", name):
         return assemble(index, parts, arguments)
-    except Exception as error:  # what a damaged configuration does to a constructor has no one kind
-        raise UserError(f"the parts of the model {name!r} do not fit together: {reason(error)}") from error
 
 
 def _load_file(path: Path, folder: Path, index: Mapping, dtype: torch.dtype, ready: Mapping):
@@ -253,7 +252,7 @@ def _load_file(path: Path, folder: Path, index: Mapping, dtype: torch.dtype, rea
     return pipeline
 
 
-def _check_vocabularies(backbone: Backbone, name: str) -> None:
+def check_vocabularies(backbone: Backbone, name: str) -> None:
     """Raise a UserError unless each tokenizer's ids have rows in its text encoder; give each a length, if it has none.
 
     Without tokenizer_config.json a tokenizer knows no limit, and the pipelines pad to it.
