@@ -28,8 +28,8 @@ from dti_fast.backbones.load import load_backbone
 from dti_fast.backbones.pocket import Pocket
 from dti_fast.data.latents import encode_moments
 from dti_fast.formats import write_embeddings
+from dti_fast.memory.plan import GIB
 
-GIB = 1 << 30
 STEPS = 400  # of a finished concept, the paper's for SDXL
 OURS = "dti-fast"
 CONTENDERS = {

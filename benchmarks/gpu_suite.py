@@ -8,7 +8,7 @@
     environment  versions, driver, which backend serves each op            environment.txt
     tests        the tests marked `gpu`                                     tests.txt
     ceilings     what the chip can do: copy, bf16 and int8 matrix products
-    ops          every bench_<op>, which checks its answers before it times ops.csv, ops.txt
+    ops          bench_ops, which checks the answers before it times        ops.csv, ops.txt
     train        bench_train: SDXL and SD 1.5 of real size, ours and peers  train.json
     graph        the step as a CUDA graph: is it the eager step, and how fast
     pocket       the bundled example, from the command line
@@ -45,6 +45,8 @@ import torch
 
 from benchmarks import _harness
 from benchmarks._harness import matrix_rate, seconds_per_call
+from benchmarks._ops import by_stem
+from dti_fast.memory.plan import GIB
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -52,7 +54,6 @@ SHAPES = {
     "SDXL feed-forward at 1024 px, batch 4: 4096 x 1280 x 10240": (4096, 1280, 10240),
     "SDXL projection at 1024 px, batch 1: 1024 x 1280 x 1280": (1024, 1280, 1280),
 }
-GIB = 1 << 30
 # What a card leaves to PyTorch's allocator, GiB: a guess, after the desktop, the driver and its context.
 CARDS = {"12 GB": 11.0, "8 GB": 7.2, "6 GB": 5.3}
 SMOKE_SHAPES = {"256 x 256 x 256": (256, 256, 256)}
@@ -118,7 +119,7 @@ def ops(context: Context) -> None:
     deadline = time.monotonic() + context.seconds
     table, failed, origin = context.out / "ops.csv", [], _harness.provenance(context.device)
     for i, op in enumerate(context.ops):
-        command = [sys.executable, "-m", f"benchmarks.bench_{op}", "--device", context.device.type, "--csv", table]
+        command = [sys.executable, "-m", "benchmarks.bench_ops", op, "--device", context.device.type, "--csv", table]
         before = len(_rows(table))
         share = max(1, (deadline - time.monotonic()) / (len(context.ops) - i) - 1)
         with (context.out / "ops.txt").open("a") as log:
@@ -317,12 +318,6 @@ def _random_folder(context: Context, model: str) -> Path:
     return folder
 
 
-def op_benchmarks() -> list[str]:
-    """The ops that have a benchmark; other benchmarks have no op of their name."""
-    stems = (path.stem.removeprefix("bench_") for path in sorted(Path(__file__).parent.glob("bench_*.py")))
-    return [stem for stem in stems if (ROOT / "dti_fast" / "ops" / f"{stem}.py").exists()]
-
-
 def run_stage(name: str, out: Path, smoke: bool, ops: list[str], seconds: float, keep: Callable) -> dict:
     """Run a stage in a process of its own for at most `seconds`.
 
@@ -390,7 +385,7 @@ def _write(results: dict, path: Path) -> None:
 
 
 def main() -> int:
-    available = op_benchmarks()
+    available = list(by_stem())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="an empty or new folder")
     parser.add_argument("--stages", help="some of them, by comma; default: the first four, or all of a smoke run")

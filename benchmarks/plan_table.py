@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from benchmarks._harness import update_section
+from benchmarks._models import NAMES
 from dti_fast.errors import UserError
 from dti_fast.memory.estimator import Estimator
 from dti_fast.memory.plan import CUDA_CONTEXT, FRAGMENTATION, GIB, MARGIN, MODES, PASS_FLOPS, WORKSPACES, Plan
 
-NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 CARDS = (6, 8, 12, 16, 24)
 CASES = (
     ("sd15", 512, "bf16"), ("sd15", 768, "bf16"), ("sd15", 1024, "bf16"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dti_fast.formats import write_text
+from dti_fast.files import write_text
 from dti_fast.trainer.preview import grid, save_picture
 
 
