@@ -11,11 +11,13 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dti_fast import Session, TokenEmbedding, TrainConfig
 from dti_fast.backbones import FAMILIES, Backbone
 from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.skeleton import skeleton
 from dti_fast.errors import UserError
 from dti_fast.memory.estimator import Estimator
 
@@ -139,3 +141,10 @@ def test_it_is_counted(folder, family):
     assert all(none.saved(part) > 0 for part in parts)
     assert block.flops(parts[0]) >= none.flops(parts[0])
     assert estimator.model.weights["fp32"] > 4 * 1000
+
+
+def test_a_model_without_weights_draws_no_progress_bar(capfd):
+    with FakeTensorMode():
+        backbone = skeleton("pocket", torch.float32)
+    backbone.tokenize(["a creature"])
+    assert "it/s" not in capfd.readouterr().err
