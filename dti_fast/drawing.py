@@ -13,6 +13,7 @@ from dti_fast.backbones.load import check_model, load_backbone
 from dti_fast.backbones.pocket import Pocket
 from dti_fast.devices import pick_device, pick_precision
 from dti_fast.errors import UserError
+from dti_fast.files import replacing
 
 
 def draw(backbone: Backbone, prompt: str, count: int, seed: int, **settings) -> list[Image.Image]:
@@ -25,9 +26,8 @@ def draw(backbone: Backbone, prompt: str, count: int, seed: int, **settings) -> 
 
 def save_picture(image: Image.Image, path: Path) -> None:
     """Write a PNG under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def grid(rows: list[tuple[str, list[Image.Image]]], cell: int | None = 128, gap: int = 6) -> Image.Image:
