@@ -6,18 +6,18 @@ from pathlib import Path
 
 from dti_fast.errors import UserError
 from dti_fast.files import read_tensors, write_tensors
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings
 from dti_fast.trainer.learner import Learner
 
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 
 
-def identity(config: TrainConfig, model: str, data: str) -> dict:
+def identity(config: Settings, model: str, data: str) -> dict:
     """What a checkpoint belongs to: the method, hashes of the model and of pictures and prompts, the settings."""
     return {"method": config.method, "model": model, "data": data, "settings": config.trajectory()}
 
 
-def save_checkpoint(config: TrainConfig, belongs_to: dict, step: int, learner: Learner) -> Path:
+def save_checkpoint(config: Settings, belongs_to: dict, step: int, learner: Learner) -> Path:
     """Write the state after `step` optimizer steps, and delete all but the newest checkpoints."""
     folder = config.output_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,13 +34,13 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in named if match)]
 
 
-def forget_checkpoints(config: TrainConfig) -> None:
+def forget_checkpoints(config: Settings) -> None:
     """Delete an earlier run's checkpoints, so that "latest" cannot mean one of them."""
     for path in _checkpoints(config.output_dir / "checkpoints"):
         path.unlink()
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
+def find_checkpoint(config: Settings) -> Path | None:
     """The file to resume from, or None for a fresh start (also if "latest" finds none)."""
     if config.resume_from_checkpoint is None:
         return None
@@ -53,7 +53,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return path
 
 
-def load_checkpoint(path: Path, config: TrainConfig, belongs_to: dict, learner: Learner) -> int:
+def load_checkpoint(path: Path, config: Settings, belongs_to: dict, learner: Learner) -> int:
     """Put a checkpoint's state into the learner; returns its step.
 
     Raises:

@@ -11,7 +11,7 @@ from dti_fast import __version__
 from dti_fast.backbones import Backbone
 from dti_fast.errors import UserError
 from dti_fast.formats import lora_paths, write_embeddings
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings
 from dti_fast.trainer.learner import Learner
 
 LOCK = ".lock"
@@ -26,7 +26,7 @@ def check_output(folder: Path) -> None:
         raise UserError(f"the output folder {str(folder)!r} cannot be written; choose another with --output_dir")
 
 
-def check_unused(config: TrainConfig) -> None:
+def check_unused(config: Settings) -> None:
     """Raise a UserError if the folder holds a run that this one would replace, unless `overwrite` says so."""
     folder = config.output_dir
     traces = [*folder.glob("learned_embeds*.safetensors"), *folder.glob("checkpoints/checkpoint-*.safetensors")]
@@ -67,7 +67,7 @@ def mean_norms(vectors: list[Tensor]) -> list[float]:
 
 
 def save_concept(
-    config: TrainConfig, fingerprint: str, step: int, learner: Learner, backbone: Backbone, folder: Path
+    config: Settings, fingerprint: str, step: int, learner: Learner, backbone: Backbone, folder: Path
 ) -> tuple[list[Path], list[Path]]:
     """Write what is learned after `step` steps into `folder`; returns the files of the embedding and of the LoRA."""
     vectors = learner.vectors()

@@ -9,13 +9,13 @@ from dti_fast.backbones import Backbone
 from dti_fast.backbones.base import decode_in_tiles
 from dti_fast.data.folder import Picture
 from dti_fast.drawing import draw, grid, save_picture
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings
 
 STEPS = 25  # of denoising
 
 
 def save_preview(
-    config: TrainConfig, backbone: Backbone, pictures: list[Picture], path: Path, tiled_decoding: bool = False
+    config: Settings, backbone: Backbone, pictures: list[Picture], path: Path, tiled_decoding: bool = False
 ) -> None:
     """The training pictures, then a row of generated ones for every prompt, the init word's first.
 

@@ -22,7 +22,7 @@ from dti_fast.files import hash_tensors, write_text
 from dti_fast.memory.budget import Budget, OutOfMemory
 from dti_fast.tokens import TokenEmbedding
 from dti_fast.trainer.checkpoint import find_checkpoint, forget_checkpoints, identity, load_checkpoint, save_checkpoint
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings, TrainConfig
 from dti_fast.trainer.graph import captured
 from dti_fast.trainer.learner import Learner, install_embeddings
 from dti_fast.trainer.loggers import Logger, Loggers, Start
@@ -83,7 +83,7 @@ class Job:
         started: the clock when the checks began.
     """
 
-    config: TrainConfig
+    config: Settings
     pictures: list[Picture]
     prompts: list[str]
     prompt_per_picture: bool
@@ -179,7 +179,7 @@ def run(
         take_step: Callable[[list[Draws]], None] = optimise
         if config.cuda_graph == "on":
             take_step = captured(optimise, learner, told.message)
-        told.start(Start(config.output_dir, config.settings(), step, config.max_train_steps, config.samples_per_step))
+        told.start(Start(config.output_dir, config.to_dict(), step, config.max_train_steps, config.samples_per_step))
         monitor = Monitor(embeddings, step, config.max_train_steps)
         cancelled = False
         while step < config.max_train_steps and not cancelled:
