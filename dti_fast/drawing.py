@@ -14,6 +14,7 @@ from dti_fast.backbones.pocket import Pocket
 from dti_fast.devices import pick_device, pick_precision
 from dti_fast.errors import UserError
 from dti_fast.files import replacing
+from dti_fast.limits import check_limits
 
 
 def draw(backbone: Backbone, prompt: str, count: int, seed: int, **settings) -> list[Image.Image]:
@@ -75,9 +76,7 @@ class DrawSettings:
 
     def check(self) -> None:
         """Raise a UserError for a setting out of range."""
-        if self.num_images is not None and self.num_images < 1:
-            raise UserError(f"--num_images must be at least 1, got {self.num_images}")
-        check_steps(self.num_inference_steps)
+        check_limits(vars(self))
 
     def load(self, metadata: list[dict]) -> Backbone:
         """The model to draw with, for concepts with the `metadata` of their files."""
@@ -89,11 +88,6 @@ class DrawSettings:
         """`count` pictures of `prompt`."""
         steps, guidance = self.num_inference_steps, self.guidance_scale
         return draw(backbone, prompt, count, self.seed, steps=steps, guidance_scale=guidance)
-
-
-def check_steps(num_inference_steps: int) -> None:
-    if not 1 <= num_inference_steps <= 1000:  # all models here were trained with 1000
-        raise UserError(f"--num_inference_steps must lie between 1 and 1000, got {num_inference_steps}")
 
 
 def check_picture_path(path: Path) -> None:

@@ -59,9 +59,7 @@ LIMITS = {
     "num_validation_images": _NOT_NEGATIVE,
     # drawing and measuring
     "num_images": _at_least(1),
-    "num_inference_steps": Limit(
-        "must lie between 1 and 1000", lambda value: 1 <= value <= 1000
-    ),  # as all were trained
+    "num_inference_steps": Limit("must lie between 1 and 1000", lambda value: 1 <= value <= 1000),
     "guidance_scale": _NOT_NEGATIVE,
     "batch_size": _at_least(1),
     "seeds": _SEED,
