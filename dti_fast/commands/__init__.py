@@ -38,10 +38,8 @@ def make_app() -> "App":
         version=__version__,
         help_format="markdown",  # plain text keeps the line breaks of the source
         help="Teach a text-to-image model a new concept as a direction.",
-        # Names as in Python; dashes for underscores are taken too.  Of switches, that they are off need not be said.
-        default_parameter=Parameter(
-            negative="", name_transform=str, show_default=lambda value: None if value is False else str(value)
-        ),
+        # Names as in Python; dashes for underscores are taken too.
+        default_parameter=Parameter(negative="", name_transform=str, show_default=_default),
     )
     for position, (name, summary) in enumerate(COMMANDS.items()):
         app.command(f"dti_fast.commands.{name}:{name}", name=name, help=summary, sort_key=position)
@@ -64,6 +62,13 @@ def make_app() -> "App":
         return app(tokens, exit_on_error=False, print_error=False)
 
     return app
+
+
+def _default(value: object) -> str | None:
+    """A default as help shows it; what is off, and what depends on other settings, is not shown."""
+    if value is None or value is False:
+        return None
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def describe(error: "CycloptsError") -> str:

@@ -15,12 +15,12 @@ from dti_fast.formats import check_token
 from dti_fast.frozen.quantise import PRECISIONS, check_bitsandbytes
 from dti_fast.limits import check_limits
 
-_essentials = Group.create_ordered("Essentials")
-_training = Group.create_ordered("Training")
-_machine = Group.create_ordered("Model, memory and speed")
-_output = Group.create_ordered("Previews and checkpoints")
-_ancillary = Group.create_ordered("LoRA and magnitudes")
-_ablations = Group.create_ordered("Ablations and the methods to compare with")
+_essentials = Group("Essentials", sort_key=0)
+_training = Group("Training", sort_key=1)
+_machine = Group("Model, memory and speed", sort_key=2)
+_output = Group("Previews and checkpoints", sort_key=3)
+_ancillary = Group("LoRA and magnitudes", sort_key=4)
+_ablations = Group("Ablations and the methods to compare with", sort_key=5)
 
 # Settings that may differ between a checkpoint and the run that resumes it.
 _FREE_ON_RESUME = {
