@@ -21,14 +21,14 @@ from dti_fast.errors import UserError
 from dti_fast.files import hash_tensors, write_text
 from dti_fast.memory.budget import Budget, OutOfMemory
 from dti_fast.tokens import TokenEmbedding
-from dti_fast.trainer.checkpoint import find_checkpoint, forget_checkpoints, identity, load_checkpoint, save_checkpoint
+from dti_fast.trainer.checkpoint import find_checkpoint, identity, load_checkpoint, save_checkpoint
 from dti_fast.trainer.config import Settings, TrainConfig
 from dti_fast.trainer.graph import captured
 from dti_fast.trainer.learner import Learner, install_embeddings
 from dti_fast.trainer.loggers import Logger, Loggers, Start
 from dti_fast.trainer.loggers.jsonl import Jsonl
 from dti_fast.trainer.monitor import GRADIENT_DEADLINE, Monitor
-from dti_fast.trainer.output import check_output, check_unused, locked, mean_norms, save_concept
+from dti_fast.trainer.output import check_output, check_unused, forget_run, locked, mean_norms, save_concept
 from dti_fast.trainer.preview import save_preview
 from dti_fast.trainer.step import learning_rates, schedule, train_step
 
@@ -102,8 +102,9 @@ def prepare(config: TrainConfig) -> Job:
     pictures = find_pictures(config.train_data_dir)
     prompts, prompt_per_picture = training_prompts(pictures, config.placeholder_token, config.learnable_property)
     check_output(config.output_dir)
-    check_unused(config)
-    return Job(config, pictures, prompts, prompt_per_picture, find_checkpoint(config), started)
+    checkpoint = find_checkpoint(config)
+    check_unused(config, checkpoint)
+    return Job(config, pictures, prompts, prompt_per_picture, checkpoint, started)
 
 
 def run(
@@ -123,6 +124,7 @@ def run(
     with ExitStack() as after:
         after.callback(lambda: told.end(result))
         after.enter_context(locked(config.output_dir))
+        check_unused(config, job.checkpoint)  # another run may have come and gone since `prepare`
         after.enter_context(determinism(config.deterministic))
         after.callback(backbone.restore)
         backbone.set_pooling(config.pooling)
@@ -152,10 +154,9 @@ def run(
             told.message(learner.ancillary.describe())
         step = 0
         if job.checkpoint is not None:
-            step = load_checkpoint(job.checkpoint, config, run_identity, learner)
-            told.message(f"resuming after step {step}")
+            step = load_checkpoint(job.checkpoint, config, run_identity, learner, told.message)
         else:
-            forget_checkpoints(config)
+            forget_run(config.output_dir)
         write_text(config.to_toml(), config.output_dir / "config.toml")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
