@@ -13,6 +13,7 @@ from dti_fast.backbones.pocket import Pocket
 from dti_fast.backbones.quantised_cache import cached_file, read_quantised, write_quantised
 from dti_fast.errors import UserError
 from dti_fast.frozen.quantise import PRECISIONS, quantise_frozen
+from dti_fast.quiet import quiet_libraries
 
 ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 BUNDLED = {Pocket.name: Pocket}
@@ -44,6 +45,7 @@ def check_model(name: str) -> None:
         raise UserError(f"there is no model {name!r}: give a diffusers folder, a .safetensors file or a hub id")
 
 
+@quiet_libraries()
 def load_backbone(
     name: str,
     dtype: torch.dtype,
@@ -68,7 +70,6 @@ def load_backbone(
     quantise = base_precision in PRECISIONS
     import diffusers
 
-    hide_loading_bars()
     source = source_of(name)
     vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     cached, ready = None, {}
@@ -104,17 +105,6 @@ def load_backbone(
             write_quantised(cached, pipeline)
     pipeline.to(device)
     return backbone
-
-
-def hide_loading_bars() -> None:
-    """Reading weights takes seconds; only a download deserves a bar."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()
 
 
 def family_of(class_name: str, name: str) -> type[Backbone]:

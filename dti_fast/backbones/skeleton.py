@@ -10,8 +10,10 @@ from dti_fast.backbones.components import build_model, class_of, component_names
 from dti_fast.backbones.configs import CONFIGS, config_folder
 from dti_fast.backbones.load import ALIASES, BUNDLED, check_model, family_of, identify
 from dti_fast.errors import UserError
+from dti_fast.quiet import quiet_libraries
 
 
+@quiet_libraries()
 def skeleton(name: str, dtype: torch.dtype) -> Backbone:
     """What `load_backbone` gives for `name`, its weights uninitialised; cheap only under `FakeTensorMode`.
 

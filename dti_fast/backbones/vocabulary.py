@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dti_fast.backbones.components import component_names
 from dti_fast.backbones.configs import config_folder
-from dti_fast.backbones.load import check_model, hide_loading_bars, identify, source_of
+from dti_fast.backbones.load import check_model, identify, source_of
 from dti_fast.errors import UserError
+from dti_fast.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Vocabulary:
         return piece.removesuffix("</w>") if piece.endswith("</w>") else f"{piece}…"
 
 
+@quiet_libraries()
 def load_vocabularies(name: str) -> list[Vocabulary]:
     """The vocabulary of every text encoder of a diffusers folder, hub id or single file, in the model's order.
 
@@ -53,7 +55,6 @@ def load_vocabularies(name: str) -> list[Vocabulary]:
     from diffusers import DiffusionPipeline
     from transformers import CLIPTokenizer
 
-    hide_loading_bars()
     source = source_of(name)
     try:
         if Path(source).is_file():
