@@ -31,6 +31,7 @@ from dti_fast.trainer.monitor import GRADIENT_DEADLINE, Monitor
 from dti_fast.trainer.output import check_output, check_unused, forget_run, locked, mean_norms, save_concept
 from dti_fast.trainer.preview import save_preview
 from dti_fast.trainer.step import learning_rates, schedule, train_step
+from dti_fast.trainer.summary import summarise
 
 
 class Cancel(Protocol):
@@ -138,6 +139,7 @@ def run(
             mean, std = encode_moments(backbone, pixels)
         tokens = backbone.tokenize(job.prompts)
         check_prompts(job.prompts, tokens, embeddings)
+        told.message(summarise(config, backbone, embeddings, job.pictures, job.prompt_per_picture, sizes))
         fingerprint = backbone.fingerprint()
         run_identity = identity(config, fingerprint, hash_tensors([pixels, *(ids for ids, _ in tokens)]))
         del pixels
