@@ -6,8 +6,8 @@ train:  ## learn the bundled example
 test:  ## everything that needs no GPU
 	pytest
 
-lint:  ## style
-	ruff check . && ruff format --check .
+lint:  ## style and types
+	ruff check . && ruff format --check . && mypy
 
 ext:  ## build csrc/ for this torch
 	python -m dti_fast.ops._build

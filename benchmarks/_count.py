@@ -52,8 +52,8 @@ def count(contenders: dict[str, Callable], model: str, resolution: int, batch: i
 def count_task(contender: Callable, task: Task) -> Counts:
     """Counts of `contender` on a task that exists, its tensors fake or real."""
     with contender(task) as ready:
-        unet, seen = task.backbone.unet, []
-        draws = draw(task.data, task.batch, len(task.alphas), SEED, 0)
+        unet, seen = task.backbone.denoiser, []
+        draws = draw(task.data, task.batch, len(task.path), SEED, 0)
         with LiveBytes() as memory:
             hooks = [
                 unet.register_forward_pre_hook(lambda *_: seen.append(memory.live)),

@@ -9,9 +9,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dti_fast.pocket.bench import PROMPTS
 from dti_fast.evaluate.statistics import bootstrap
-from dti_fast.formats import write_text
+from dti_fast.files import write_text
+from dti_fast.pocket.bench import PROMPTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dti_fast.backbones import Backbone
+from dti_fast.backbones.base import Path
+from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.backbones.skeleton import skeleton
-from dti_fast.backbones.load import POCKET, load_backbone
 from dti_fast.data.draws import Dataset
 from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments
 from dti_fast.data.templates import OBJECT_TEMPLATES
 from dti_fast.tokens import TokenEmbedding
-from dti_fast.trainer.config import POCKET_CONCEPT
 
 NAMES = {"pocket": "pocket", "sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
 PLACEHOLDER = "<concept>"
@@ -25,16 +27,16 @@ class Task:
     Attributes:
         pixels: `[N, 3, H, W]` float32 in [-1, 1], on the device, for those who encode them anew in every step.
         data: the same pictures as moments, and the prompts with the placeholder's ids in them.
+        path: the noise that training adds.
         first_ids: the placeholder's id in every text encoder.
         vectors: the K embeddings that learning starts from, `[K, D]` float32 for every text encoder.
         batch: pictures a step.
     """
 
-    backbone: object
+    backbone: Backbone
     pixels: Tensor
     data: Dataset
-    alphas: Tensor
-    prediction_type: str
+    path: Path
     initializer: str
     first_ids: list[int]
     vectors: list[Tensor]
@@ -42,7 +44,7 @@ class Task:
 
     @property
     def device(self) -> torch.device:
-        return self.alphas.device
+        return self.pixels.device
 
     def install(self) -> list[TokenEmbedding]:
         return install(self.backbone, self.initializer)
@@ -51,9 +53,9 @@ class Task:
 def make_task(model: str, resolution: int, batch: int, dtype: torch.dtype, device: torch.device) -> Task:
     """The bundled concept on the pocket model, or five random pictures on a random model of the real size."""
     if model == "pocket":
-        backbone = load_backbone(POCKET, dtype, device)
-        pixels, sizes = load_pictures(find_pictures(POCKET_CONCEPT), resolution)
-        initializer = "creature"
+        backbone = load_backbone(Pocket.name, dtype, device)
+        pixels, sizes = load_pictures(find_pictures(Pocket.concept), resolution)
+        initializer = Pocket.initializer
     else:
         with device:  # the layers' own random initialisation, made where it is used
             backbone = skeleton(model, dtype)
@@ -62,27 +64,19 @@ def make_task(model: str, resolution: int, batch: int, dtype: torch.dtype, devic
         initializer = "dog"
     backbone.set_pooling("eos")
     pixels = pixels.to(device)
-    mean, std = encode_moments(backbone.vae, pixels)
+    mean, std = encode_moments(backbone, pixels)
     embeddings = install(backbone, initializer)
-    prompts = [template.format(PLACEHOLDER) for template in OBJECT_TEMPLATES]
-    ids = [
-        tokenizer(
-            [embedding.expand(p) for p in prompts],
-            padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt",
-        ).input_ids
-        for embedding, tokenizer in zip(embeddings, backbone.tokenizers, strict=True)
-    ]  # fmt: skip
-    alphas, prediction_type = backbone.noise_schedule()
+    tokens = backbone.tokenize([template.format(PLACEHOLDER) for template in OBJECT_TEMPLATES])
     task = Task(
-        backbone, pixels, Dataset(mean, std, sizes, ids, False).to(device), alphas.to(device), prediction_type,
-        initializer, [e.first_id for e in embeddings], [e.vectors().detach() for e in embeddings], batch,
+        backbone, pixels, Dataset(mean, std, sizes, tokens, False).to(device), backbone.path().to(device), initializer,
+        [e.first_id for e in embeddings], [e.vectors().detach() for e in embeddings], batch,
     )  # fmt: skip
     for embedding in embeddings:
         embedding.uninstall()
     return task
 
 
-def install(backbone, initializer: str) -> list[TokenEmbedding]:
+def install(backbone: Backbone, initializer: str) -> list[TokenEmbedding]:
     return [
         TokenEmbedding.install(text_encoder, tokenizer, PLACEHOLDER, init=initializer)
         for text_encoder, tokenizer in zip(backbone.text_encoders, backbone.tokenizers, strict=True)

@@ -7,10 +7,8 @@ are kept equal: dtype, prompts, draws, pooling, and the start, so that the losse
 favour: decoding the pictures anew in every step, and text encoders in float32.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,12 +17,13 @@ from torch import Tensor, nn
 
 from benchmarks._models import Task
 from dti_fast.data.draws import Draws, draw
+from dti_fast.loss import diffusion_loss
 from dti_fast.reference.sphere_step import sphere_step
 from dti_fast.trainer.config import TrainConfig
 from dti_fast.trainer.graph import CapturedStep
 from dti_fast.trainer.learner import Learner
-from dti_fast.trainer.loop import diffusion_loss, train_step
 from dti_fast.trainer.monitor import Monitor
+from dti_fast.trainer.step import train_step
 
 SEED, KAPPA, LR = 42, 1e-4, 0.04
 
@@ -158,39 +157,34 @@ def ours(task: Task, *, recompute: str | None = None, capture: Callable | None =
         backbone.vae.to("cpu")
     embeddings = task.install()
     lr, scaler = torch.full((), LR, device=device), torch.amp.GradScaler(device.type, enabled=False)
-    learner = Learner(TrainConfig(kappa=KAPPA).resolved(), backbone.unet, embeddings, lr, scaler)
+    learner = Learner(TrainConfig(kappa=KAPPA).resolved(), backbone, embeddings, lr, scaler)
     failed, last_loss = torch.zeros((), device=device), torch.zeros((), device=device)
 
     def loss(draws: Draws) -> Tensor:
-        return diffusion_loss(backbone, task.data, task.alphas, task.prediction_type, draws)
+        return diffusion_loss(backbone, task.data, task.path, draws)
 
     def optimise(passes: list[Draws]) -> None:
-        value, failed_now = train_step(
-            backbone, task.data, task.alphas, task.prediction_type, passes, learner, failed
-        )  # fmt: skip
+        value, failed_now = train_step(backbone, task.data, task.path, passes, learner, failed)
         failed.copy_(failed_now)
         last_loss.copy_(value)
         monitor.record(value, failed)
 
+    monitor = Monitor(embeddings, 0, 1000)
     run = optimise if capture is None else CapturedStep(optimise, capture)
 
     def step(position: int) -> Tensor:
         run([_draw(task, position)])
-        monitor.advance()
         return last_loss.clone()
 
-    with tempfile.TemporaryDirectory() as folder:
-        monitor = Monitor(Path(folder) / "log.jsonl", embeddings, 0, 1000, task.batch)
-        yield Contender(loss, step)
+    yield Contender(loss, step)
     for embedding in reversed(embeddings):
         embedding.uninstall()
     backbone.restore()
-    if device.type != "cpu":
-        backbone.vae.to(device)
+    backbone.set_pooling("eos")  # of the task, for all
 
 
 def _draw(task: Task, position: int) -> Draws:
-    return draw(task.data, task.batch, len(task.alphas), SEED, position)
+    return draw(task.data, task.batch, len(task.path), SEED, position)
 
 
 def _loss(task: Task, encode: bool, host_reads: bool) -> Callable[[Draws], Tensor]:
@@ -214,13 +208,14 @@ def _loss(task: Task, encode: bool, host_reads: bool) -> Callable[[Draws], Tenso
         if host_reads and len(backbone.text_encoders) > 1:
             target_size = task.pixels.shape[-2:]
             sizes = torch.tensor([[*(value.item() for value in row[:4]), *target_size] for row in sizes]).to(device)
-        condition = backbone.condition([ids[draws.prompt] for ids in data.prompt_ids], sizes)
+        tokens = [(ids[draws.prompt], mask[draws.prompt]) for ids, mask in data.tokens]
+        condition = backbone.condition(tokens, sizes)
         prediction = backbone.denoise(noisy, draws.timestep, condition)
-        if task.prediction_type == "epsilon":
+        if scheduler.config.prediction_type == "epsilon":
             target = draws.noise
         else:
             target = scheduler.get_velocity(latents, draws.noise, draws.timestep)
-        return F.mse_loss(prediction.float(), target.float())
+        return F.mse_loss(prediction, target)
 
     return loss
 
@@ -228,7 +223,7 @@ def _loss(task: Task, encode: bool, host_reads: bool) -> Callable[[Draws], Tenso
 @contextmanager
 def _checkpointing(backbone, enabled: bool) -> Iterator[None]:
     """Gradient checkpointing of the UNet; it obeys in training mode only, and has no dropout."""
-    unet = backbone.unet
+    unet = backbone.denoiser
     if enabled:
         unet.enable_gradient_checkpointing()
         unet.train()

@@ -20,7 +20,8 @@ import torch
 
 from benchmarks._harness import append, provenance
 from dti_fast import TokenEmbedding
-from dti_fast.backbones.load import POCKET, load_backbone
+from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.memory.live_bytes import LiveBytes
 
 MODES = ("stock", "none", "geglu", "block")
@@ -31,10 +32,11 @@ class Step:
     """One forward and backward pass on the pocket model; the gradient with respect to the direction."""
 
     def __init__(self, device: torch.device):
-        self.device, self.backbone = device, load_backbone(POCKET, torch.float32, device)
-        self.tokenizer = self.backbone.tokenizers[0]
-        encoder = self.backbone.text_encoders[0]
-        self.embedding = TokenEmbedding.install(encoder, self.tokenizer, "<x>", init="creature")
+        self.device, self.backbone = device, load_backbone(Pocket.name, torch.float32, device)
+        encoder, tokenizer = self.backbone.text_encoders[0], self.backbone.tokenizers[0]
+        self.embedding = TokenEmbedding.install(encoder, tokenizer, "<x>", init=Pocket.initializer)
+        ((ids, mask),) = self.backbone.tokenize(["a photo of a <x> on the beach"])
+        self.tokens = ids.to(device), mask.to(device)
 
     def use(self, mode: str) -> None:
         if mode == "stock":
@@ -43,13 +45,12 @@ class Step:
             self.backbone.optimize_frozen(mode, "auto")
 
     def __call__(self, batch: int) -> torch.Tensor:
-        prompts = ["a photo of a <x> on the beach"] * batch
-        ids = self.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids.to(self.device)
         generator = torch.Generator().manual_seed(0)
         noisy, target = torch.randn(2, batch, 6, 8, 8, generator=generator).to(self.device)
         timesteps = torch.linspace(1, 999, batch).long().to(self.device)
         self.embedding.directions.grad = None
-        prediction = self.backbone.denoise(noisy, timesteps, self.backbone.condition([ids], None))
+        tokens = [tuple(t.expand(batch, -1) for t in self.tokens)]
+        prediction = self.backbone.denoise(noisy, timesteps, self.backbone.condition(tokens, torch.empty(batch, 6)))
         (prediction - target).square().mean().backward()
         return self.embedding.directions.grad.clone()
 

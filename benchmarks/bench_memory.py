@@ -16,10 +16,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks._harness import update_section
+from benchmarks._models import NAMES
 from dti_fast.memory.live_bytes import LiveBytes
+from dti_fast.memory.plan import GIB
 
-GIB = 1 << 30
-NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}
 MODES = ("stock", "none", "geglu", "checkpointing", "block")
 CASES = (("sdxl", 1024, 1), ("sdxl", 768, 4), ("sdxl", 512, 1), ("sd15", 512, 1))
 
@@ -91,7 +91,9 @@ def summary(cases, modes=MODES) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=NAMES, help="default: a table of four cases")
+    parser.add_argument(
+        "--model", choices=[model for model in NAMES if model != "pocket"], help="default: a table of four cases"
+    )
     parser.add_argument("--resolution", type=int, default=1024, help="of the square picture, pixels; with --model")
     parser.add_argument("--batch", type=int, default=1, help="pictures a step; with --model")
     parser.add_argument("--mode", choices=MODES, help="by kind of tensor; default: live and peak of all modes")

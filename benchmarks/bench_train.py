@@ -24,11 +24,12 @@ from benchmarks import _harness
 from benchmarks._count import Counts, count, count_task
 from benchmarks._models import NAMES, Task, make_task
 from benchmarks._peers import diffusers_ti, official_dti, ours
-from dti_fast.backbones.load import POCKET, load_backbone
+from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.data.latents import encode_moments
 from dti_fast.formats import write_embeddings
+from dti_fast.memory.plan import GIB
 
-GIB = 1 << 30
 STEPS = 400  # of a finished concept, the paper's for SDXL
 OURS = "dti-fast"
 CONTENDERS = {
@@ -120,7 +121,7 @@ def check_losses(task: Task) -> dict[str, list[float]]:
     for name, make in CONTENDERS.items():
         with make(task) as contender:
             losses[name] = [float(contender.step(i)) for i in range(3)]
-    allowed = TOLERANCE[task.backbone.unet.dtype]
+    allowed = TOLERANCE[task.backbone.denoiser.dtype]
     for name, values in losses.items():
         compared = 1 if name.startswith("diffusers") else 3
         for value, own in zip(values[:compared], losses[OURS], strict=False):
@@ -140,10 +141,10 @@ def one_off(task: Task, model: str) -> dict[str, float | None]:
 
     with tempfile.TemporaryDirectory() as folder:
         return {
-            "startup_s": seconds(lambda: load_backbone(POCKET, torch.float32, task.device))
+            "startup_s": seconds(lambda: load_backbone(Pocket.name, torch.float32, task.device))
             if model == "pocket"
             else None,
-            "caching_s": seconds(lambda: encode_moments(task.backbone.vae, task.pixels)),
+            "caching_s": seconds(lambda: encode_moments(task.backbone, task.pixels)),
             "saving_s": seconds(lambda: write_embeddings(Path(folder), "<concept>", task.vectors, {})),
         }
 

@@ -19,17 +19,20 @@ import torch
 from PIL import Image
 
 from benchmarks._harness import provenance
-from dti_fast.backbones.load import POCKET, load_backbone
+from dti_fast.backbones import Backbone
+from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.data.draws import Dataset, Draws
 from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments
-from dti_fast.pocket.bench import HELD_OUT_PLACES, Clauses, Scale, prompt_fidelity
-from dti_fast.formats import load_embedding, load_lora
+from dti_fast.loss import diffusion_loss
+from dti_fast.pipelines import load_embedding, load_lora, lora_of
 from dti_fast.pocket import world
-from dti_fast.pocket.build import draw_concept
+from dti_fast.pocket.bench import HELD_OUT_PLACES, Clauses, Scale, prompt_fidelity
 from dti_fast.pocket.recognise import Recognition
+from dti_fast.session import Session
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, train
+from tools.pocket.build import draw_concept
 
 VARIANTS = {
     "DTI": {},
@@ -43,34 +46,30 @@ NOISES = 64
 STRANGER = world.unseen(99)
 
 
-def held_out_data(backbone, scenes: list[world.Scene], prompts: list[str], folder: Path) -> Dataset:
+def held_out_data(backbone: Backbone, scenes: list[world.Scene], prompts: list[str], folder: Path) -> Dataset:
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(1)
     for i, scene in enumerate(scenes):
         Image.fromarray(world.render(scene, rng)).save(folder / f"{i}.png")
     pixels, sizes = load_pictures(find_pictures(folder), world.SIZE)
-    tokenizer = backbone.tokenizers[0]
-    ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-    return Dataset(*encode_moments(backbone.vae, pixels), sizes, [ids], True)
+    return Dataset(*encode_moments(backbone, pixels), sizes, backbone.tokenize(prompts), True)
 
 
 @torch.no_grad()
-def measure(creature: world.Creature, subject: str, embedding: Path | None, folder: Path) -> dict[str, float]:
-    """All `MEASURES` but the last for `creature` in the held-out places, called `subject`."""
-    backbone = load_backbone(POCKET, torch.float32, torch.device("cpu"))
-    if embedding is not None:
-        load_embedding(backbone.pipeline, embedding)
-        load_lora(backbone.pipeline, embedding)
+def measure(creature: world.Creature, learned: Path, folder: Path) -> dict[str, float]:
+    """All `MEASURES` but the last for `creature` in the held-out places, by the concept in the folder `learned`."""
+    backbone = load_backbone(Pocket.name, torch.float32, torch.device("cpu"))
+    subject = load_embedding(backbone.pipeline, learned)
+    load_lora(backbone.pipeline, learned)
     scenes = [world.Scene(creature, place=place) for place in HELD_OUT_PLACES]
     prompts = [world.prompt("a photo of a {}", subject, place=place) for place in HELD_OUT_PLACES]
     data = held_out_data(backbone, scenes, prompts, folder)
-    alphas, kind = backbone.noise_schedule()
-    losses = []
+    path, losses = backbone.path(), []
     for i in range(len(scenes)):
         noises = torch.randn(2, NOISES, *data.mean.shape[1:], generator=torch.Generator().manual_seed(i))
         which = torch.full((NOISES,), i)
         draws = Draws(which, which, torch.linspace(0, 999, NOISES).long(), *noises)
-        losses.append(diffusion_loss(backbone, data, alphas, kind, draws).item())
+        losses.append(diffusion_loss(backbone, data, path, draws).item())
     generator = torch.Generator().manual_seed(0)
     drawn = backbone.pipeline(
         prompts * 2, num_inference_steps=25, guidance_scale=4.0, generator=generator, output_type="np"
@@ -86,18 +85,16 @@ def measure(creature: world.Creature, subject: str, embedding: Path | None, fold
 
 
 @torch.no_grad()
-def loss_of_others(out: Path, folder: Path) -> float:
+def loss_of_others(backbone: Backbone, learned: Path, folder: Path) -> float:
     """The denoising loss on a creature that was not learned, under the LoRA that was."""
-    backbone = load_backbone(POCKET, torch.float32, torch.device("cpu"))
-    load_lora(backbone.pipeline, out)
     scenes = [world.Scene(STRANGER, place=place) for place in HELD_OUT_PLACES]
     prompts = [world.prompt("a photo of a {}", STRANGER.description(), place=place) for place in HELD_OUT_PLACES]
     data = held_out_data(backbone, scenes, prompts, folder)
-    alphas, kind = backbone.noise_schedule()
     which = torch.arange(len(scenes)).repeat_interleave(NOISES)
     noises = torch.randn(2, len(which), *data.mean.shape[1:], generator=torch.Generator().manual_seed(0))
     draws = Draws(which, which, torch.linspace(0, 999, NOISES).long().repeat(len(scenes)), *noises)
-    return diffusion_loss(backbone, data, alphas, kind, draws).item()
+    with lora_of(backbone.pipeline, learned):
+        return diffusion_loss(backbone, data, backbone.path(), draws).item()
 
 
 def main() -> None:
@@ -107,6 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ancillary.json"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    session = Session(Pocket.name, device="cpu")
     rows: dict[str, list[dict[str, float]]] = {label: [] for label in VARIANTS}
     for number in range(100, 100 + arguments.creatures):
         creature = world.unseen(number)
@@ -116,13 +114,12 @@ def main() -> None:
             for i, (label, settings) in enumerate(VARIANTS.items()):
                 out = folder / str(i)
                 config = TrainConfig(
-                    pretrained_model_name_or_path=POCKET, train_data_dir=folder / "pictures",
-                    initializer_token="creature", max_train_steps=arguments.steps, num_validation_images=0,
-                    output_dir=out, **settings,
+                    train_data_dir=folder / "pictures", initializer_token=Pocket.initializer,
+                    max_train_steps=arguments.steps, num_validation_images=0, output_dir=out, **settings,
                 )  # fmt: skip
-                train(config)
-                row = measure(creature, "<concept>", out, folder / "held-out")
-                row["others"] = loss_of_others(out, folder / "others")
+                session.learn(config)
+                row = measure(creature, out, folder / "held-out")
+                row["others"] = loss_of_others(session.backbone, out, folder / "others")
                 rows[label].append(row)
                 print(number, label, {m: round(row[m], 4) for m in MEASURES}, flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 One resumable command: runs and measurements that are finished, a JSON line each in DIR/units.jsonl, are not repeated.
 At the end it writes benchmarks/results/evidence.json, the figures in docs/evidence/ and docs/evidence.md, whose numbers
-all come from that file.  Everything is measured by pocket-bench (dti_fast/evaluate/pocket_bench.py).
+all come from that file.  Everything is measured by pocket-bench (dti_fast/pocket/bench.py).
 """
 
 import argparse
@@ -23,15 +23,16 @@ from torch import Tensor
 from benchmarks import _evidence_report
 from benchmarks._harness import provenance
 from benchmarks.pocket_samples import through_autoencoder
-from dti_fast.backbones.load import POCKET, load_backbone
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.blend import blend
+from dti_fast.files import write_text
+from dti_fast.formats import read_embeddings
 from dti_fast.pocket import bench as pocket_bench
-from dti_fast.pocket.bench import CREATURES, HELD_OUT_PLACES, Clauses, PocketBench, Scale
-from dti_fast.formats import read_embeddings, write_text
 from dti_fast.pocket import world
+from dti_fast.pocket.bench import CREATURES, HELD_OUT_PLACES, Clauses, PocketBench, Scale
 from dti_fast.pocket.recognise import FEATURES, Recognition
+from dti_fast.session import Session
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import train
 
 SEEDS = (0, 1, 2)
 STEPS = 400
@@ -114,10 +115,11 @@ class Evidence:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.units = {unit["key"]: unit for unit in map(json.loads, lines)}
         self._benches: dict[int, PocketBench] = {}
+        self.session = Session(Pocket.name, device="cpu")
 
-    @cached_property
+    @property
     def pipeline(self):
-        return load_backbone(POCKET, torch.float32, torch.device("cpu")).pipeline
+        return self.session.backbone.pipeline
 
     @cached_property
     def mean_norm(self) -> float:
@@ -146,13 +148,12 @@ class Evidence:
         saved = {s: folder if s == run.steps else folder / f"step-{s:06d}" for s in run.measured}
         if not (folder / "learned_embeds.safetensors").exists():
             pocket_bench.write_training_set(pictures, run.creature, run.training_set)
-            train(
-                TrainConfig(
-                    pretrained_model_name_or_path=POCKET, train_data_dir=pictures, output_dir=folder, seed=run.seed,
-                    max_train_steps=run.steps, save_steps=min(run.measured), num_validation_images=0,
-                    placeholder_token=pocket_bench.WORD, initializer_token="creature", **run.settings,
-                )
+            config = TrainConfig(
+                train_data_dir=pictures, output_dir=folder, overwrite=True, seed=run.seed, max_train_steps=run.steps,
+                save_steps=min(run.measured), num_validation_images=0, placeholder_token=pocket_bench.WORD,
+                initializer_token=Pocket.initializer, **run.settings,
             )  # fmt: skip
+            self.session.learn(config)
         return {step: read_embeddings(path)[0][0] for step, path in saved.items()}
 
     def log(self, run: Run) -> list[dict]:

@@ -8,7 +8,7 @@
     environment  versions, driver, which backend serves each op            environment.txt
     tests        the tests marked `gpu`                                     tests.txt
     ceilings     what the chip can do: copy, bf16 and int8 matrix products
-    ops          every bench_<op>, which checks its answers before it times ops.csv, ops.txt
+    ops          bench_ops, which checks the answers before it times        ops.csv, ops.txt
     train        bench_train: SDXL and SD 1.5 of real size, ours and peers  train.json
     graph        the step as a CUDA graph: is it the eager step, and how fast
     pocket       the bundled example, from the command line
@@ -45,6 +45,8 @@ import torch
 
 from benchmarks import _harness
 from benchmarks._harness import matrix_rate, seconds_per_call
+from benchmarks._ops import by_stem
+from dti_fast.memory.plan import GIB
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
@@ -52,7 +54,6 @@ SHAPES = {
     "SDXL feed-forward at 1024 px, batch 4: 4096 x 1280 x 10240": (4096, 1280, 10240),
     "SDXL projection at 1024 px, batch 1: 1024 x 1280 x 1280": (1024, 1280, 1280),
 }
-GIB = 1 << 30
 # What a card leaves to PyTorch's allocator, GiB: a guess, after the desktop, the driver and its context.
 CARDS = {"12 GB": 11.0, "8 GB": 7.2, "6 GB": 5.3}
 SMOKE_SHAPES = {"256 x 256 x 256": (256, 256, 256)}
@@ -118,7 +119,7 @@ def ops(context: Context) -> None:
     deadline = time.monotonic() + context.seconds
     table, failed, origin = context.out / "ops.csv", [], _harness.provenance(context.device)
     for i, op in enumerate(context.ops):
-        command = [sys.executable, "-m", f"benchmarks.bench_{op}", "--device", context.device.type, "--csv", table]
+        command = [sys.executable, "-m", "benchmarks.bench_ops", op, "--device", context.device.type, "--csv", table]
         before = len(_rows(table))
         share = max(1, (deadline - time.monotonic()) / (len(context.ops) - i) - 1)
         with (context.out / "ops.txt").open("a") as log:
@@ -195,19 +196,16 @@ def memory(context: Context) -> None:
     from benchmarks._count import count_task
     from benchmarks._models import make_task
     from benchmarks._peers import ours
-    from dti_fast.trainer.budget import DTYPES, Survey
-    from dti_fast.trainer.config import TrainConfig
+    from dti_fast.memory.estimator import DTYPES, Estimator
 
     cuda = context.device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     for size in [("pocket", 32, 2)] if context.smoke else [("sd15", 512, 4), ("sdxl", 768, 4), ("sdxl", 1024, 1)]:
         model, resolution, batch = size
-        config = TrainConfig(
-            pretrained_model_name_or_path=model, resolution=resolution, train_batch_size=batch
-        )  # fmt: skip
-        survey, task = Survey(config, dtype), make_task(*size, dtype, context.device)
+        estimator = Estimator(model, dtype, batch=batch, resolution=resolution)
+        task = make_task(*size, dtype, context.device)
         for mode in ("none", "geglu", "block"):
-            plan = survey.plan(DTYPES[dtype], mode, batch)
+            plan = estimator.plan(DTYPES[dtype], mode, batch)
             contender = partial(ours, recompute=mode)
             row = {name: nbytes / GIB for name, nbytes in plan.parts.items()} | {"counted": plan.step.peak / GIB}
             if cuda:
@@ -295,11 +293,11 @@ def _run(context: Context, module: str, *arguments, check: bool = True) -> int:
 
 def _arguments(model: str | Path, output: Path, settings: dict) -> list:
     """Flags of a training run on the bundled pictures."""
-    from dti_fast.trainer.config import POCKET_CONCEPT
+    from dti_fast.backbones.pocket import Pocket
 
     settings = {
-        "pretrained_model_name_or_path": model, "train_data_dir": POCKET_CONCEPT, "output_dir": output,
-        "placeholder_token": "<toy>", "initializer_token": "creature", **settings,
+        "pretrained_model_name_or_path": model, "train_data_dir": Pocket.concept, "output_dir": output,
+        "placeholder_token": "<toy>", "initializer_token": Pocket.initializer, **settings,
     }  # fmt: skip
     return [part for name, value in settings.items() for part in (f"--{name}", value)]
 
@@ -318,12 +316,6 @@ def _random_folder(context: Context, model: str) -> Path:
         torch.cuda.empty_cache()
         context.record("seconds to write a random model", time.monotonic() - start)
     return folder
-
-
-def op_benchmarks() -> list[str]:
-    """The ops that have a benchmark; other benchmarks have no op of their name."""
-    stems = (path.stem.removeprefix("bench_") for path in sorted(Path(__file__).parent.glob("bench_*.py")))
-    return [stem for stem in stems if (ROOT / "dti_fast" / "ops" / f"{stem}.py").exists()]
 
 
 def run_stage(name: str, out: Path, smoke: bool, ops: list[str], seconds: float, keep: Callable) -> dict:
@@ -393,7 +385,7 @@ def _write(results: dict, path: Path) -> None:
 
 
 def main() -> int:
-    available = op_benchmarks()
+    available = list(by_stem())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="an empty or new folder")
     parser.add_argument("--stages", help="some of them, by comma; default: the first four, or all of a smoke run")

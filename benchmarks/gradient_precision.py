@@ -13,28 +13,29 @@ import statistics
 import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._harness import provenance, update_section
-from dti_fast.backbones.load import POCKET, load_backbone
+from dti_fast.backbones import Backbone
+from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.data.draws import Dataset, draw
 from dti_fast.data.folder import find_pictures, load_pictures
 from dti_fast.data.latents import encode_moments
 from dti_fast.data.prompts import training_prompts
-from dti_fast.formats import read_embeddings
 from dti_fast.frozen import layers
 from dti_fast.frozen.engine import RECOMPUTE, optimize_frozen, restore
 from dti_fast.frozen.quantise import PRECISIONS, quantise_frozen
+from dti_fast.loss import diffusion_loss
+from dti_fast.session import train
 from dti_fast.tokens import TokenEmbedding
-from dti_fast.trainer.config import POCKET_CONCEPT, TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, train
+from dti_fast.trainer.config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# --base_precision and the dtype of the computation: bf16, as on a GPU.
+# How weights are stored, and the dtype of the computation: bf16, as on a GPU.
 FORMATS = {"bf16": "bf16", "fp16": "fp16", "int8": "bf16", "nf4": "bf16"}
 SLOW = {"fp16"}  # convolutions on a CPU, some fifteen times: on the pocket model's gradients only
 QUICK = [name for name in FORMATS if name not in SLOW]
@@ -44,25 +45,26 @@ PAGE = Path("docs/quantisation.md")
 HELD_OUT = 10_000_000  # the first of the draws that no run trains on
 
 
-def pocket() -> tuple:
+def pocket() -> tuple[Backbone, Dataset, list[TokenEmbedding]]:
     """The pocket model in float32 and its five pictures."""
-    backbone = load_backbone(POCKET, torch.float32, torch.device("cpu"))
-    pictures = find_pictures(POCKET_CONCEPT)
+    backbone = load_backbone(Pocket.name, torch.float32, torch.device("cpu"))
+    pictures = find_pictures(Pocket.concept)
     prompts, per_picture = training_prompts(pictures, PLACEHOLDER, "object")
     pixels, sizes = load_pictures(pictures, backbone.default_resolution())
-    embeddings = install(backbone, "creature")
-    data = Dataset(*encode_moments(backbone.vae, pixels), sizes, token_ids(backbone, prompts), per_picture)
+    embeddings = install(backbone, Pocket.initializer)
+    data = Dataset(*encode_moments(backbone, pixels), sizes, backbone.tokenize(prompts), per_picture)
     return backbone, data, embeddings
 
 
-def shallow_sdxl() -> tuple:
+def shallow_sdxl() -> tuple[Backbone, Dataset, list[TokenEmbedding]]:
     """SDXL with its widths 320 and 640, text 768 and 1280, but two blocks and two text layers; random weights."""
-    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from dti_fast.backbones.configs import config_folder
     from dti_fast.backbones.stable_diffusion_xl import StableDiffusionXL
 
+    vae = AutoencoderKL()  # of no use here, but a pipeline has one
     torch.manual_seed(0)
     folder = config_folder("sdxl")
     config = UNet2DConditionModel.load_config(folder / "unet")
@@ -77,9 +79,9 @@ def shallow_sdxl() -> tuple:
     texts = [CLIPTextConfig.from_pretrained(folder / name) for name in ("text_encoder", "text_encoder_2")]
     for text in texts:
         text.num_hidden_layers = 2
-    pipeline = SimpleNamespace(
+    pipeline = StableDiffusionXLPipeline(
         unet=UNet2DConditionModel.from_config(config),
-        vae=nn.Identity(),
+        vae=vae,
         text_encoder=CLIPTextModel(texts[0]),
         text_encoder_2=CLIPTextModelWithProjection(texts[1]),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
@@ -92,20 +94,13 @@ def shallow_sdxl() -> tuple:
     mean, std = torch.randn(4, 4, 16, 16), torch.rand(4, 4, 16, 16) * 0.1
     sizes = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]]).expand(4, -1)
     prompts = [f"a {kind} of {PLACEHOLDER} {place}" for kind in ("photo", "painting") for place in ("", "on a beach")]
-    return backbone, Dataset(mean, std, sizes, token_ids(backbone, prompts), False), embeddings
+    return backbone, Dataset(mean, std, sizes, backbone.tokenize(prompts), False), embeddings
 
 
-def install(backbone, initializer: str) -> list[TokenEmbedding]:
+def install(backbone: Backbone, initializer: str) -> list[TokenEmbedding]:
     return [
         TokenEmbedding.install(text_encoder, tokenizer, PLACEHOLDER, init=initializer)
         for text_encoder, tokenizer in zip(backbone.text_encoders, backbone.tokenizers, strict=True)
-    ]
-
-
-def token_ids(backbone, prompts: list[str]) -> list[Tensor]:
-    return [
-        tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
-        for tokenizer in backbone.tokenizers
     ]
 
 
@@ -119,12 +114,11 @@ def convert(models: list[nn.Module], name: str) -> None:
             quantise_frozen(model, name)
 
 
-def gradients(backbone, data: Dataset, embeddings: list[TokenEmbedding], count: int) -> list[Tensor]:
+def gradients(backbone: Backbone, data: Dataset, embeddings: list[TokenEmbedding], count: int) -> list[Tensor]:
     """Of each draw the gradient with respect to all directions, in one float64 vector."""
-    alphas, kind = backbone.noise_schedule()
-    found = []
+    path, found = backbone.path(), []
     for number in range(count):
-        loss = diffusion_loss(backbone, data, alphas, kind, draw(data, 1, len(alphas), 0, number))
+        loss = diffusion_loss(backbone, data, path, draw(data, 1, len(path), 0, number))
         parts = torch.autograd.grad(loss, [embedding.directions for embedding in embeddings])
         found.append(torch.cat([part.flatten().double() for part in parts]))
     return found
@@ -135,7 +129,7 @@ def compare_gradients(make, formats: list[str], seeds: int) -> list[dict]:
     exact = gradients(*make(), seeds)
     for name in formats:
         backbone, data, embeddings = make()
-        models = [backbone.unet, *backbone.text_encoders]
+        models = [backbone.denoiser, *backbone.text_encoders]
         convert(models, name)
         for recompute in RECOMPUTE:
             for model in models:
@@ -152,8 +146,8 @@ def compare_gradients(make, formats: list[str], seeds: int) -> list[dict]:
 
 def learn(folder: Path, steps: int, seed: int, **settings) -> Tensor:
     """Train on the pocket model; the learned vectors `[K, D]`."""
-    train(TrainConfig(output_dir=folder, max_train_steps=steps, seed=seed, num_validation_images=0, **settings))
-    return read_embeddings(folder)[0][0]
+    config = TrainConfig(output_dir=folder, max_train_steps=steps, seed=seed, num_validation_images=0, **settings)
+    return train(config).vectors[0]
 
 
 @torch.no_grad()
@@ -161,9 +155,9 @@ def worth(vectors: Tensor, draws: int = 64) -> float:
     """Mean loss of the float32 pocket model with these vectors, over draws that no run has seen."""
     backbone, data, (embedding,) = pocket()
     embedding.directions.copy_(F.normalize(vectors, dim=1))
-    alphas, kind = backbone.noise_schedule()
-    passes = (draw(data, 4, len(alphas), 0, HELD_OUT + i) for i in range(draws))
-    return statistics.mean(diffusion_loss(backbone, data, alphas, kind, d).item() for d in passes)
+    path = backbone.path()
+    passes = (draw(data, 4, len(path), 0, HELD_OUT + i) for i in range(draws))
+    return statistics.mean(diffusion_loss(backbone, data, path, d).item() for d in passes)
 
 
 def angle(a: Tensor, b: Tensor) -> float:
@@ -175,7 +169,8 @@ def compare_runs(steps: int) -> list[dict]:
     runs = {
         "fp32": {},
         "fp32, another seed": {"seed": 43},
-        **{name: {"base_precision": name, "mixed_precision": FORMATS[name]} for name in QUICK},
+        "bf16": {"mixed_precision": "bf16"},
+        **{name: {"base_precision": name, "mixed_precision": FORMATS[name]} for name in PRECISIONS},
     }
     rows, exact = [], None
     for name, settings in runs.items():
@@ -196,7 +191,7 @@ def table(result: dict) -> str:
         part = result[name]
         lines += [
             f"Cosine between the embedding's gradient and the one in float32, {title}, {part['seeds']} draws:\n",
-            "| --base_precision | computes in | recompute | median | worst | |",
+            "| weights in | computes in | recompute | median | worst | |",
             "|---|---|---|---|---|---|",
         ]
         for row in part["rows"]:

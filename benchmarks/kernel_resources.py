@@ -19,10 +19,10 @@ import torch
 import triton
 
 from benchmarks._harness import update_section
+from benchmarks._ops import by_stem
 from dti_fast.kernels import _aot
 from dti_fast.ops import _build
 
-STEMS = ("sphere_step", "token_embed", "group_norm_silu", "layer_norm", "geglu")
 # Per multiprocessor: warps, blocks, bytes of shared memory; each has 65,536 registers, handed out 256 a warp.
 # Source: the table of compute capabilities in the CUDA programming guide.
 MULTIPROCESSOR = {
@@ -42,10 +42,14 @@ def occupancy(target: int, warps: int, registers: int, shared: int) -> float:
     return fitting * warps / most
 
 
+def triton_stems() -> list[str]:
+    return [stem for stem, operator in by_stem().items() if "triton" in operator.fused]
+
+
 def triton_kernels() -> Iterator[dict]:
-    for stem in STEMS:
+    for stem in triton_stems():
         for case, call in importlib.import_module(f"dti_fast.kernels.{stem}").aot_cases():
-            for target in _aot.TARGETS:
+            for target in _build.ARCHITECTURES:
                 kernels = _aot.compiled(call, target)
                 for kernel in kernels:
                     launch = f": {kernel.metadata.name.strip('_').removesuffix('_kernel')}" if len(kernels) > 1 else ""
@@ -91,16 +95,17 @@ def native_kernels() -> Iterator[dict]:
 
 
 def _readable(mangled: str) -> str:
-    name = re.search(r"\d((?:sphere_step|token_embed)(?:_backward)?_kernel)(?:ILi(\d+)E)?", mangled)
+    """Name, of letters and underscores and behind its length, and integer template argument."""
+    name = re.search(r"\d([a-z][a-z_]*_kernel)(?:ILi(\d+)E)?", mangled)
     return f"{name[1]}<{name[2]}>" if name[2] else name[1]
 
 
 def table(rows: list[dict], key: str, cell) -> str:
-    lines = [f"| {key} | " + " | ".join(f"sm_{target}" for target in _aot.TARGETS) + " |"]
-    lines.append("|---" * (len(_aot.TARGETS) + 1) + "|")
+    lines = [f"| {key} | " + " | ".join(f"sm_{target}" for target in _build.ARCHITECTURES) + " |"]
+    lines.append("|---" * (len(_build.ARCHITECTURES) + 1) + "|")
     for name in dict.fromkeys(row[key] for row in rows):
         cells = {row["target"]: cell(row) for row in rows if row[key] == name}
-        lines.append(f"| {name} | " + " | ".join(cells[target] for target in _aot.TARGETS) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells[target] for target in _build.ARCHITECTURES) + " |")
     return "\n".join(lines)
 
 
@@ -109,7 +114,7 @@ def markdown() -> str:
     spilling = sum(row["spilled"] > 0 for row in kernels)
     lines = [f"torch {torch.__version__}, triton {triton.__version__}.  Kernels that spill registers: {spilling}.", ""]
     lines.append("A cell is registers a thread / bytes of shared memory a block / share of the warps resident.")
-    for stem in STEMS:
+    for stem in triton_stems():
         lines += ["", f"### {stem}, Triton", ""]
         lines.append(
             table(

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from dti_fast.cli import main as dti_fast
-
-GIB = 1 << 30
+from dti_fast.memory.plan import GIB
 
 
 def main() -> None:

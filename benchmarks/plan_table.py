@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from benchmarks._harness import update_section
+from benchmarks._models import NAMES
 from dti_fast.errors import UserError
-from dti_fast.frozen.plan import CUDA_CONTEXT, FRAGMENTATION, GIB, MARGIN, MODES, PASS_FLOPS, WORKSPACES, Plan
-from dti_fast.trainer.budget import Survey
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.memory.estimator import Estimator
+from dti_fast.memory.plan import CUDA_CONTEXT, FRAGMENTATION, GIB, MARGIN, MODES, PASS_FLOPS, WORKSPACES, Plan
 
-NAMES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 CARDS = (6, 8, 12, 16, 24)
 CASES = (
     ("sd15", 512, "bf16"), ("sd15", 768, "bf16"), ("sd15", 1024, "bf16"),
@@ -41,25 +40,24 @@ needs.
 def cell(plan: Plan, stock: Plan) -> str:
     """A pick in a few characters."""
     name = plan.recompute if plan.recompute in MODES else f"{plan.recompute.split(',')[0]}, *mixed*"
-    flags = " E" * plan.alone + " T" * plan.tiled
+    flags = " E" * plan.encode_alone + " T" * plan.tiled_decoding
     return f"{name}, {plan.passes} x {plan.micro_batch}<br>{plan.total / GIB:.1f}, {plan.cost / stock.cost:.2f}{flags}"
 
 
 def markdown() -> str:
     rows = [["", *(f"{card} GiB" for card in CARDS)], ["---"] * (len(CARDS) + 1)]
-    surveys = {}
+    estimators = {}
     for model, resolution, precision in CASES:
-        if (model, resolution) not in surveys:
-            config = TrainConfig(pretrained_model_name_or_path=model, resolution=resolution, train_batch_size=BATCH)
-            surveys[model, resolution] = Survey(config, torch.bfloat16)
-        survey = surveys[model, resolution]
-        stock = survey.plan(precision, MODES[0], BATCH)
+        if (model, resolution) not in estimators:
+            estimators[model, resolution] = Estimator(model, torch.bfloat16, batch=BATCH, resolution=resolution)
+        estimator = estimators[model, resolution]
+        stock = estimator.plan(precision, MODES[0], BATCH)
         row = [f"{NAMES[model]} {resolution}², {precision}"]
         for card in CARDS:
             try:
-                row.append(cell(survey.choose([precision], card * GIB), stock))
+                row.append(cell(estimator.choose([precision], card * GIB), stock))
             except UserError:
-                smallest = min(plan.within(0).total for plan in survey.plans(precision))
+                smallest = estimator.smallest([precision]).total
                 row.append(f"**no**<br>{(smallest + MARGIN) / GIB:.1f}")
         rows.append(row)
     return INTRODUCTION + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dti_fast.backbones.load import POCKET, load_backbone
-from dti_fast.pocket.bench import PROMPTS, PocketBench
+from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.pocket import world
-from dti_fast.pocket.build_recogniser import draw_scene
+from dti_fast.pocket.bench import PROMPTS, PocketBench
 from dti_fast.pocket.recognise import FEATURES, PARTS, Recognition
+from tools.pocket.build_recogniser import draw_scene
 
 GATES = {"place": 0.95, "style": 0.95, "accessory": 0.80, "similarity": 0.60}
 
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--names", type=int, default=10, help="creatures known by name")
     parser.add_argument("--renderings", type=int, default=2000)
     arguments = parser.parse_args()
-    pipeline = load_backbone(POCKET, torch.float32, torch.device("cpu")).pipeline
+    pipeline = load_backbone(Pocket.name, torch.float32, torch.device("cpu")).pipeline
     print_table("recognised in", recogniser_accuracy(pipeline.vae, arguments.renderings))
 
     names, creatures, rng = world.names(), world.named_creatures(), random.Random(4)

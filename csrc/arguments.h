@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include <torch/csrc/stable/macros.h>  // torch 2.10's other headers leave it out
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 

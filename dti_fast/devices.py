@@ -1,5 +1,7 @@
 """Which device a run is on, and in which precision it computes there."""
 
+import re
+
 import torch
 
 from dti_fast.errors import UserError
@@ -16,9 +18,10 @@ def pick_device(choice: str = "auto") -> torch.device:
     present = [kind for kind in DEVICES if getattr(torch, kind).is_available()]
     if choice == "auto":
         return torch.device(present[0] if present else "cpu")
-    kind, _, index = choice.partition(":")
-    if kind not in ("cpu", *DEVICES) or not (index or "0").isdigit():
+    name = re.fullmatch(rf"(cpu|{'|'.join(DEVICES)})(?::([0-9]+))?", choice)
+    if name is None:
         raise UserError(f"--device is auto, cpu, cuda, cuda:N, mps or xpu, got {choice!r}")
+    kind, index = name.groups()
     count = 1 if kind == "cpu" else getattr(torch, kind).device_count() if kind in present else 0
     if int(index or 0) >= count:
         raise UserError(f"there is no device {choice!r} here; leave out --device to take the best there is")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -59,7 +60,7 @@ class Session:
         check_model(model)
         self.device = pick_device(device)
         self.dtype = pick_precision(mixed_precision, self.device)
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "pretrained_model_name_or_path": model, "device": device, "mixed_precision": mixed_precision,
             "base_precision": base_precision, "quantised_cache": quantised_cache, "prediction_type": prediction_type,
             "vram": vram,
@@ -75,10 +76,8 @@ class Session:
     @property
     def backbone(self) -> Backbone:
         """The model; loaded by now."""
-        if self._loaded is None:
-            base_precision = self._settings["base_precision"]
-            self._load(base_precision if base_precision in PRECISIONS else None, Loggers([]))
-        return self._loaded[0]
+        base_precision = self._settings["base_precision"]
+        return self._load(base_precision if base_precision in PRECISIONS else None, Loggers([]))
 
     def learn(self, config: TrainConfig, *, loggers: Sequence[Logger] = (), cancel: Cancel | None = None) -> Result:
         """Learn a concept from the pictures that `config` names; writes its files to `config.output_dir`.
@@ -98,15 +97,13 @@ class Session:
             backbone = self._load(budget.base_precision, told)
         finally:
             told.phase("")
-        config = replace(
-            job.config,
-            mixed_precision=precision_name(self.dtype),
-            base_precision=budget.base_precision,
-            quantised_cache=job.config.quantised_cache
-            if budget.base_precision
-            else None,  # auto may not have needed it
-        )
-        return run(replace(job, config=config), backbone, budget, loggers, cancel)
+        chosen: dict[str, Any] = {
+            "mixed_precision": precision_name(self.dtype),
+            "base_precision": budget.base_precision,
+        }
+        if budget.base_precision is None:
+            chosen["quantised_cache"] = None  # auto has not needed it
+        return run(replace(job, config=replace(job.config, **chosen)), backbone, budget, loggers, cancel)
 
     def draw(
         self,

@@ -29,7 +29,7 @@ def pytest_runtest_setup(item):
 @pytest.fixture(params=LANES)
 def lane(request, monkeypatch) -> str:
     """Forces a backend; the device to put tensors on.  The native libraries are built once, into the cache."""
-    from dti_fast.ops import _build
+    from dti_fast.ops import _build, _dispatch
 
     backend, device = request.param
     if backend == "native":
@@ -41,6 +41,8 @@ def lane(request, monkeypatch) -> str:
             pytest.skip(str(error))
     if (backend, device) == ("triton", "cpu") and torch.cuda.is_available():
         pytest.skip("with a CUDA device the kernels run on it, not in Triton's interpreter")
+    if backend == "triton" and (obstacle := _dispatch._triton_obstacle(device)):
+        pytest.skip(obstacle)
     monkeypatch.setenv("DTI_FAST_BACKEND", backend)
     return device
 

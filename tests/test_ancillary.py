@@ -9,29 +9,30 @@ import sys
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from runs import ENVIRONMENT, dti_fast, train_arguments
+from runs import ENVIRONMENT, command, train_arguments
 from safetensors.torch import load_file
 from steps import GOOD, setup
 
 import dti_fast.trainer.config as config_module
-from dti_fast.backbones.load import POCKET_FOLDER
+from dti_fast import train
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.data.draws import draw
 from dti_fast.errors import UserError
+from dti_fast.loss import diffusion_loss
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, train, train_step
+from dti_fast.trainer.step import train_step
 
 BOTH = {"lora_rank": 4, "lora_learning_rate": 1e-2, "train_magnitude": True}
 
 
 def run(steps, folder, on_step=None, *, failed=GOOD, **settings):
     """A few steps on random data; yields the learner's state after each, the loss, and whether it failed."""
-    backbone, data, learner = setup(folder, **settings)
-    alphas, kind = backbone.noise_schedule()
+    backbone, data, path, learner = setup(folder, **settings)
     for step in range(steps):
         undo = on_step(step, learner, data) if on_step else None
         learner.begin(step, 1.0)
         passes = [draw(data, 5, 1000, 0, step)]
-        loss, failed = train_step(backbone, data, alphas, kind, passes, learner, failed)
+        loss, failed = train_step(backbone, data, path, passes, learner, failed)
         if undo:
             undo()
         yield {name: t.clone() for name, t in learner.state().items()}, loss.item(), failed.item()
@@ -52,10 +53,9 @@ def test_everything_moves(tiny_pipelines):
 
 def test_only_the_ancillary_update_waits_for_the_device(tiny_pipelines):
     """On the meta device `.item()` raises; everything of a step but that one reading runs there."""
-    backbone, data, learner = setup(tiny_pipelines["sd15"], "meta", dco_beta=1000.0, **BOTH)
-    alphas, kind = backbone.noise_schedule()
+    backbone, data, path, learner = setup(tiny_pipelines["sd15"], "meta", dco_beta=1000.0, **BOTH)
     learner.begin(0, 1.0)
-    arguments = (backbone, data, alphas.to("meta"), kind, [draw(data, 2, 1000, 0, 0)], learner)
+    arguments = (backbone, data, path, [draw(data, 2, 1000, 0, 0)], learner)
     with pytest.raises(RuntimeError, match="meta"):
         train_step(*arguments, torch.zeros((), device="meta"))
     learner.ancillary.optimizer.step = lambda: None
@@ -129,21 +129,20 @@ def test_inert_before_its_first_step(tiny_pipelines):
 
 
 def test_rates_follow_the_schedule(tiny_pipelines):
-    _, _, learner = setup(tiny_pipelines["sd15"], **BOTH)
+    *_, learner = setup(tiny_pipelines["sd15"], **BOTH)
     learner.begin(0, 0.25)
     assert [group["lr"] for group in learner.ancillary.optimizer.param_groups] == [0.25e-2, 0.25e-3]
 
 
 def test_dco_starts_at_log_2_with_the_gradient_of_the_squared_error(tiny_pipelines):
-    backbone, data, learner = setup(tiny_pipelines["sd15"], lora_rank=4, dco_beta=100.0)
-    alphas, kind = backbone.noise_schedule()
+    backbone, data, path, learner = setup(tiny_pipelines["sd15"], lora_rank=4, dco_beta=100.0)
     learner.begin(0, 1.0)
     draws = draw(data, 4, 1000, 0, 0)
     v = learner.embeddings[0].directions
-    loss = diffusion_loss(backbone, data, alphas, kind, draws, learner.ancillary)
+    loss = diffusion_loss(backbone, data, path, draws, learner.consistency)
     assert loss.item() == pytest.approx(math.log(2))
     (dco,) = torch.autograd.grad(loss, v)
-    (plain,) = torch.autograd.grad(diffusion_loss(backbone, data, alphas, kind, draws), v)
+    (plain,) = torch.autograd.grad(diffusion_loss(backbone, data, path, draws), v)
     torch.testing.assert_close(dco, 50 * plain, rtol=1e-4, atol=1e-6)
 
 
@@ -182,13 +181,13 @@ SETTINGS = {
     "num_validation_images": 0,
 }  # fmt: skip
 DIES_AFTER_A_CHECKPOINT = """
-import os, signal, dti_fast.formats as formats
+import os, signal, dti_fast.files as files
 replace = os.replace
 def replace_and_die(source, target):
     replace(source, target)
     if "checkpoint-000006" in str(target):
         os.kill(os.getpid(), signal.SIGKILL)
-formats.os.replace = replace_and_die
+files.os.replace = replace_and_die
 from dti_fast.cli import main
 main()
 """
@@ -219,19 +218,19 @@ def test_pocket_run_killed_and_resumed_and_loaded_by_a_stock_pipeline(pictures, 
     """12 steps, and 6 + SIGKILL + 6 with the LoRA starting at step 4: every file bit for bit."""
     settings = {**SETTINGS, "train_magnitude": True, "initializer_token": "creature"}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    first = dti_fast(*train_arguments(POCKET_FOLDER, pictures, whole, **settings))
+    first = command(*train_arguments(Pocket.folder, pictures, whole, **settings))
     assert first.returncode == 0, first.stderr
     assert "% of them 8-bit" in first.stderr
-    arguments = train_arguments(POCKET_FOLDER, pictures, broken, resume_from_checkpoint="latest", **settings)
-    command = [sys.executable, "-c", DIES_AFTER_A_CHECKPOINT, *map(str, arguments)]
-    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=120)
+    arguments = train_arguments(Pocket.folder, pictures, broken, resume_from_checkpoint="latest", **settings)
+    python = [sys.executable, "-c", DIES_AFTER_A_CHECKPOINT, *map(str, arguments)]
+    killed = subprocess.run(python, env=ENVIRONMENT, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert not (broken / "learned_embeds.safetensors").exists()
-    resumed = dti_fast(*arguments)
+    resumed = command(*arguments)
     assert "resuming after step 6" in resumed.stderr
     assert_same_run(whole, broken)
 
-    stock = StableDiffusionPipeline.from_pretrained(POCKET_FOLDER)
+    stock = StableDiffusionPipeline.from_pretrained(Pocket.folder)
     stock.load_textual_inversion(whole / "learned_embeds.safetensors")
     stock.load_lora_weights(whole)
     weights = load_file(whole / "checkpoints/checkpoint-000012.safetensors")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dti_fast.generate import blend_concepts, generate_pictures
 from PIL import Image
 from runs import dti_fast, refused
 
@@ -10,7 +11,6 @@ from dti_fast import sphere
 from dti_fast.blend import blend
 from dti_fast.errors import UserError
 from dti_fast.formats import read_embeddings, write_diffusers, write_single_file
-from dti_fast.generate import blend_concepts, generate_pictures
 
 
 def concept(seed, count=2, widths=(32, 48), scale=1.0):

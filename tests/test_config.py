@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from dti_fast.trainer.loop import train
 from safetensors.torch import load_file
 
 from dti_fast import cli
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import train
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from dti_fast.convert import convert
 from runs import dti_fast, refused
 from safetensors.torch import load_file, save_file
 
-from dti_fast.convert import convert
 from dti_fast.errors import UserError
 from dti_fast.formats import read_embedding_file, read_embeddings
 

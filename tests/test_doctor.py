@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from runs import ENVIRONMENT, dti_fast
+from runs import ENVIRONMENT, command
 
 from dti_fast.commands.doctor import report
 
@@ -19,10 +19,15 @@ WRONG = "def memory_efficient_attention(q, k, v): return q + k + v"
 FAILS = "def memory_efficient_attention(q, k, v): raise NotImplementedError('No operator\\n  because of much else')"
 
 
+def words(text: str) -> list[list[str]]:
+    """Of each line: whatever the columns are wide."""
+    return [line.split() for line in text.splitlines()]
+
+
 def test_report():
-    run = dti_fast("doctor")
+    run = command("doctor")
     assert run.returncode == 0, run.stderr
-    assert f"torch         {torch.__version__}" in run.stdout
+    assert ["torch", torch.__version__] in words(run.stdout)
     assert all(
         name in run.stdout for name in (*OPS, "triton", "diffusers", "xformers attention: ", "bitsandbytes nf4: ")
     )
@@ -32,14 +37,14 @@ def test_report():
 @pytest.mark.parametrize(
     ("backend", "expected"),
     [
-        ("reference", "sphere_step_             cpu   reference  forced by DTI_FAST_BACKEND"),
+        ("reference", "sphere_step_ cpu reference forced by DTI_FAST_BACKEND"),
         ("nonsense", "must be one of triton, native, reference, got 'nonsense'"),
     ],
 )
 def test_says_what_the_environment_forces(monkeypatch, backend, expected):
     monkeypatch.setenv("DTI_FAST_BACKEND", backend)
     text = report()
-    assert expected in text
+    assert expected in " ".join(text.split())
     assert f"DTI_FAST_BACKEND={backend}" in text
 
 
@@ -66,7 +71,7 @@ def test_runs_xformers_rather_than_believing_its_version(tmp_path, monkeypatch, 
     finally:
         for name in ("xformers", "xformers.ops"):
             sys.modules.pop(name, None)
-    assert "xformers      9.9" in text
+    assert ["xformers", "9.9"] in words(text)
     assert f"xformers attention: {expected}" in text
 
 

@@ -2,14 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dti_fast.generate import generate_pictures
 from PIL import Image
-from runs import dti_fast, refused, write_pictures
+from runs import command, refused, write_pictures
 from tiny import _tokenizer
 from transformers import (
     BitImageProcessor,
@@ -20,6 +22,8 @@ from transformers import (
     SiglipModel,
 )
 
+from dti_fast.commands.generate import generate
+from dti_fast.drawing import DrawSettings
 from dti_fast.errors import UserError
 from dti_fast.evaluate.concepts import EvaluateConfig
 from dti_fast.evaluate.protocol import read_prompts
@@ -27,7 +31,6 @@ from dti_fast.evaluate.run import evaluate
 from dti_fast.evaluate.scorers import SubjectScorer, TextScorer, masked, open_picture
 from dti_fast.evaluate.statistics import bootstrap
 from dti_fast.formats import write_embeddings, write_single_file
-from dti_fast.generate import generate_pictures
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE = 28
@@ -138,7 +141,7 @@ def test_bootstrap_covers_the_mean_at_its_rate():
 
 
 def run_evaluation(tiny_pipelines, evaluators, folder, *arguments):
-    return dti_fast(
+    return command(
         "evaluate", *arguments, "--pretrained_model_name_or_path", tiny_pipelines["sd15"], "--prompts",
         folder / "prompts.txt", "--seeds", "0", "1", "--num_inference_steps", "2", "--dino", evaluators[0],
         "--siglip", evaluators[1], "--class_word", "dog",
@@ -208,10 +211,11 @@ def test_a_concept_is_drawn_as_it_was_taught(tiny_pipelines, evaluators, tmp_pat
     )  # fmt: skip
     evaluate([concept], config)
     (drawn,) = (tmp_path / "out" / "pictures" / "toy").iterdir()
-    generate_pictures(["a {}"], [concept], tmp_path / "same.png", num_images=1, num_inference_steps=2, seed=5)
+    settings = DrawSettings(num_images=1, num_inference_steps=2, seed=5)
+    generate(prompt=["a {}"], embedding=[concept], output=tmp_path / "same.png", settings=settings)
     assert Image.open(drawn).tobytes() == Image.open(tmp_path / "same.png").tobytes()
-    settings = {"num_images": 1, "num_inference_steps": 2, "seed": 5, "model": model}
-    generate_pictures(["a {}"], [concept], tmp_path / "other.png", prediction_type="epsilon", **settings)
+    settings = replace(settings, pretrained_model_name_or_path=model, prediction_type="epsilon")
+    generate(prompt=["a {}"], embedding=[concept], output=tmp_path / "other.png", settings=settings)
     assert Image.open(drawn).tobytes() != Image.open(tmp_path / "other.png").tobytes()
 
 
@@ -235,5 +239,5 @@ def test_bad_settings(pictures, tmp_path, settings, message):
 
 
 def test_bad_input_is_one_line(tmp_path):
-    run = dti_fast("evaluate", tmp_path / "nothing", "--output_dir", tmp_path / "out")
+    run = command("evaluate", tmp_path / "nothing", "--output_dir", tmp_path / "out")
     refused(run, "there is no file", tmp_path / "out")

@@ -11,7 +11,8 @@ import torch
 from runs import ENVIRONMENT
 
 from benchmarks import _evidence_report, evidence
-from dti_fast.backbones.load import POCKET, load_backbone
+from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.pocket import Pocket
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +37,7 @@ def test_smoke_run_and_a_second_that_measures_nothing_again(tmp_path):
 
 
 def test_rotation_and_position_agree_with_the_text_encoder_itself():
-    backbone = load_backbone(POCKET, torch.float32, torch.device("cpu"))
+    backbone = load_backbone(Pocket.name, torch.float32, torch.device("cpu"))
     encoder, tokenizer = backbone.text_encoders[0], backbone.tokenizers[0]
     ids = tokenizer(["a photo of a creature"], return_tensors="pt").input_ids
     marker = tokenizer.convert_tokens_to_ids("creature</w>")

@@ -85,24 +85,25 @@ def test_autocast(tiny_pipelines):
 @mode
 def test_pocket_model_with_its_text_encoder(mode):
     """The gradient of the training loss with respect to a learned direction, through the full bundled model."""
-    from dti_fast.backbones.load import POCKET, load_backbone
+    from dti_fast.backbones.load import load_backbone
+    from dti_fast.backbones.pocket import Pocket
     from dti_fast.tokens import TokenEmbedding
 
-    backbone = load_backbone(POCKET, torch.float32, torch.device("cpu"))
+    backbone = load_backbone(Pocket.name, torch.float32, torch.device("cpu"))
     encoder, tokenizer = backbone.text_encoders[0], backbone.tokenizers[0]
     embedding = TokenEmbedding.install(encoder, tokenizer, "<x>", init="creature")
-    ids = tokenizer(["a photo of a <x> on the beach"] * 2, padding="max_length", return_tensors="pt").input_ids
+    tokens = backbone.tokenize(["a photo of a <x> on the beach"] * 2)
     generator = torch.Generator().manual_seed(0)
     noisy, target = (torch.randn(2, 6, 8, 8, generator=generator) for _ in range(2))
 
     def direction_gradient():
         embedding.directions.grad = None
-        prediction = backbone.denoise(noisy, torch.tensor([100, 700]), backbone.condition([ids], None))
+        prediction = backbone.denoise(noisy, torch.tensor([100, 700]), backbone.condition(tokens, None))
         (prediction - target).square().mean().backward()
         return embedding.directions.grad.double()
 
     exact = direction_gradient()
-    optimize_frozen(backbone.unet, recompute=mode)
+    optimize_frozen(backbone.denoiser, recompute=mode)
     optimize_frozen(encoder, recompute="block" if mode == "block" else "none")
     assert relative(direction_gradient(), exact) < 1e-5
 

@@ -88,13 +88,11 @@ def test_a_stage_that_hangs_is_ended(tmp_path):
     assert kept[-1] == stage
 
 
-def test_every_call_takes_less_than_nine_minutes_and_all_ops_are_known():
+def test_every_call_takes_less_than_nine_minutes():
     stages = [call.split(",") for call in gpu_suite.CALLS]
     assert all(sum(gpu_suite.LIMITS[stage] for stage in call) <= gpu_suite.CALL < 9 * 60 for call in stages)
     assert [stage for call in stages for stage in call] == list(gpu_suite.STAGES)
     assert gpu_suite.LIMITS.keys() == gpu_suite.STAGES.keys()
-    assert {"sphere_step", "token_embed"} <= set(gpu_suite.op_benchmarks())
-    assert "memory" not in gpu_suite.op_benchmarks()
 
 
 @pytest.mark.parametrize(

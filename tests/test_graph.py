@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import dti_fast, train_arguments
+from runs import command, train_arguments
 from safetensors.torch import load_file
 from steps import setup
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from dti_fast.data.draws import draw
 from dti_fast.trainer.graph import WARM_UP, CapturedStep, captured
-from dti_fast.trainer.loop import train_step
 from dti_fast.trainer.monitor import Monitor
+from dti_fast.trainer.step import train_step
 
 
 class Tape(TorchDispatchMode):
@@ -50,15 +50,13 @@ class Tape(TorchDispatchMode):
 
 def learn(folder, captured: bool, steps: int, device="cpu", capture=Tape.capture):
     """Directions, mean loss and first failure after `steps`, of which the one before the last gets a NaN."""
-    backbone, data, learner = setup(folder, device)
-    alphas, kind = backbone.noise_schedule()
-    alphas = alphas.to(device)
+    backbone, data, path, learner = setup(folder, device)
     failed = torch.zeros((), device=device)
     lr = learner.parts[0].optimizer.param_groups[0]["lr"]
-    monitor = Monitor("unused", learner.embeddings, 0, steps, 2)
+    monitor = Monitor(learner.embeddings, 0, steps)
 
     def step(passes):
-        loss, now = train_step(backbone, data, alphas, kind, passes, learner, failed)
+        loss, now = train_step(backbone, data, path, passes, learner, failed)
         failed.copy_(now)
         monitor.record(loss, failed)
 
@@ -119,13 +117,12 @@ class FromTheHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_nothing_in_a_step_comes_from_the_host(tiny_pipelines, family):
-    backbone, data, learner = setup(tiny_pipelines[family], "meta")
-    alphas, kind = backbone.noise_schedule()
-    alphas, passes, failed = alphas.to("meta"), [draw(data, 2, 1000, 0, 0)], torch.zeros((), device="meta")
-    monitor = Monitor("unused", learner.embeddings, 0, 9, 2)
-    train_step(backbone, data, alphas, kind, passes, learner, failed)  # makes gradients and states
+    backbone, data, path, learner = setup(tiny_pipelines[family], "meta")
+    passes, failed = [draw(data, 2, 1000, 0, 0)], torch.zeros((), device="meta")
+    monitor = Monitor(learner.embeddings, 0, 9)
+    train_step(backbone, data, path, passes, learner, failed)  # makes gradients and states
     with FromTheHost() as host:
-        loss, failed = train_step(backbone, data, alphas, kind, passes, learner, failed)
+        loss, failed = train_step(backbone, data, path, passes, learner, failed)
         monitor.record(loss, failed)
     assert not host.seen
 
@@ -175,7 +172,7 @@ def test_a_run_on_a_cpu_says_so_and_learns_the_same(tiny_pipelines, pictures, tm
     directions = []
     for mode in ("off", "on"):
         settings = {"max_train_steps": 3, "resolution": 64, "train_batch_size": 1, "cuda_graph": mode}
-        run = dti_fast(*train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / mode, **settings))
+        run = command(*train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / mode, **settings))
         assert run.returncode == 0, run.stderr
         assert ("because there is no CUDA device" in " ".join(run.stderr.split())) == (mode == "on")
         directions.append(load_file(tmp_path / mode / "learned_embeds.safetensors")["<toy>"])

@@ -234,7 +234,7 @@ def test_meta_device_reads_nothing_back():
     [
         (0, torch.zeros(8), "x must be"),
         (0, torch.zeros(2, 8, 0), "x must be"),
-        (0, torch.zeros(2, 8, 3, dtype=torch.float64), "x must be"),
+        (0, torch.zeros(2, 8, 3, dtype=torch.int64), "x must be"),
         (1, 3, "num_groups must divide"),
         (1, 0, "num_groups must divide"),
         (2, torch.zeros(7), "weight must be"),

@@ -173,9 +173,9 @@ def test_meta_device_reads_nothing_back():
     [
         (0, torch.zeros(()), "x must be"),
         (0, torch.zeros(2, 0), "x must be"),
-        (0, torch.zeros(2, 8, dtype=torch.float64), "x must be"),
+        (0, torch.zeros(2, 8, dtype=torch.int64), "x must be"),
         (1, torch.zeros(7), "weight must be"),
-        (1, torch.zeros(8, dtype=torch.float64), "weight must be"),
+        (1, torch.zeros(8, dtype=torch.int64), "weight must be"),
         (2, torch.zeros(1, 8), "bias must be"),
     ],
 )

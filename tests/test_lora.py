@@ -1,26 +1,31 @@
 """LoRA in the UNet: float32 masters, switching, files that others load, the loss that holds it near the base model."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from steps import load_cpu
 
 from dti_fast.backbones.configs import config_folder
-from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.stable_diffusion_xl import StableDiffusionXL
+from dti_fast.commands.generate import generate
+from dti_fast.drawing import DrawSettings
 from dti_fast.errors import UserError
-from dti_fast.formats import load_lora, lora_of, write_embeddings
+from dti_fast.formats import write_embeddings
 from dti_fast.frozen import layers, optimize_frozen
 from dti_fast.frozen.quantise import quantise_frozen
-from dti_fast.generate import generate_pictures
+from dti_fast.loss import dco_loss
+from dti_fast.pipelines import load_lora, lora_of
 from dti_fast.trainer.parts.adamw8bit import AdamW8bit, state_bytes
-from dti_fast.trainer.parts.lora import Lora, dco_loss, write_lora
+from dti_fast.trainer.parts.lora import Lora, write_lora
 
 
 def unet_and_lora(folder, dtype=torch.float32, rank=4, alpha=8.0, seed=0):
-    backbone = load_backbone(str(folder), dtype, torch.device("cpu"))
-    return backbone, Lora(backbone.unet, rank, alpha, seed)
+    backbone = load_cpu(folder, dtype)
+    return backbone, Lora(backbone, rank, alpha, seed)
 
 
 def teach(lora, seed=1):
@@ -43,24 +48,26 @@ def predict(unet, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masters_are_float32_and_inert_at_first(tiny_pipelines, dtype):
-    stock = load_backbone(str(tiny_pipelines["sd15"]), dtype, torch.device("cpu")).unet
+    stock = load_cpu(tiny_pipelines["sd15"], dtype).denoiser
     backbone, lora = unet_and_lora(tiny_pipelines["sd15"], dtype)
     assert {p.dtype for p in lora.parameters.values()} == {torch.float32}
-    assert backbone.unet.dtype == dtype
-    out = predict(backbone.unet, dtype)
+    assert backbone.denoiser.dtype == dtype
+    out = predict(backbone.denoiser, dtype)
     assert out.dtype == dtype
     assert torch.equal(out, predict(stock, dtype))
     out.float().square().sum().backward()
     grads = {name: p.grad for name, p in lora.parameters.items()}
     assert all(g.dtype == torch.float32 for g in grads.values())
     assert all((g.abs().sum() > 0) == (".lora_B." in name) for name, g in grads.items())  # A learns once B is not zero
-    others = [p for n, p in backbone.unet.named_parameters() if ".lora_" not in n]
+    others = [p for n, p in backbone.denoiser.named_parameters() if ".lora_" not in n]
     assert not any(p.requires_grad for p in others)
 
 
 def test_every_attention_projection_has_one(tiny_pipelines):
     backbone, lora = unet_and_lora(tiny_pipelines["sdxl"])
-    projections = [n for n, _ in backbone.unet.named_modules() if n.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
+    projections = [
+        n for n, _ in backbone.denoiser.named_modules() if n.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))
+    ]
     assert len(lora.parameters) == 2 * len(projections) > 0
     assert len(lora.layers) == len(projections)
 
@@ -76,19 +83,19 @@ def test_start_depends_on_the_seed_alone(tiny_pipelines):
 
 
 def test_switched_off_it_is_the_base_model_and_frozen(tiny_pipelines):
-    stock = load_backbone(str(tiny_pipelines["sd15"]), torch.float32, torch.device("cpu")).unet
+    stock = load_cpu(tiny_pipelines["sd15"]).denoiser
     backbone, lora = unet_and_lora(tiny_pipelines["sd15"])
     teach(lora)
-    taught, base = predict(backbone.unet), predict(stock)
+    taught, base = predict(backbone.denoiser), predict(stock)
     assert (taught - base).abs().max() > 1e-3
     with lora.base_model():
-        reference = predict(backbone.unet)
+        reference = predict(backbone.denoiser)
     assert torch.equal(reference, base)
     assert not reference.requires_grad
-    assert torch.equal(predict(backbone.unet), taught)
+    assert torch.equal(predict(backbone.denoiser), taught)
     assert all(p.requires_grad for p in lora.parameters.values())
     lora.enable(False)
-    assert torch.equal(predict(backbone.unet), base)
+    assert torch.equal(predict(backbone.denoiser), base)
     assert not any(p.requires_grad for p in lora.parameters.values())
 
 
@@ -104,7 +111,7 @@ def test_a_stock_pipeline_loads_what_was_written(tiny_pipelines, tmp_path, famil
     pipeline_class = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     stock = pipeline_class.from_pretrained(tiny_pipelines[family])
     stock.load_lora_weights(tmp_path, weight_name=paths[layout == "kohya"].name)
-    torch.testing.assert_close(predict(stock.unet), predict(backbone.unet), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(predict(stock.unet), predict(backbone.denoiser), rtol=1e-5, atol=1e-5)
 
 
 def test_kohya_names(tiny_pipelines, tmp_path):
@@ -125,7 +132,7 @@ def test_found_beside_an_embedding(tiny_pipelines, tmp_path):
     for place in (tmp_path, tmp_path / "learned_embeds.safetensors"):
         stock = StableDiffusionPipeline.from_pretrained(tiny_pipelines["sd15"])
         assert load_lora(stock, place)
-        torch.testing.assert_close(predict(stock.unet), predict(backbone.unet), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(predict(stock.unet), predict(backbone.denoiser), rtol=1e-5, atol=1e-5)
     other = StableDiffusionXLPipeline.from_pretrained(tiny_pipelines["sdxl"])
     with pytest.raises(UserError, match="does not fit this model"):
         load_lora(other, tmp_path)
@@ -173,10 +180,10 @@ def test_dco_lets_go_of_each_sample_for_itself():
 def gradients(backbone, lora):
     """Of every LoRA parameter and the prompt, for one squared error."""
     generator = torch.Generator().manual_seed(2)
-    config = backbone.unet.config
+    config = backbone.denoiser.config
     latents = torch.randn(2, config.in_channels, 8, 8, generator=generator)
     hidden = torch.randn(2, 5, config.cross_attention_dim, generator=generator).requires_grad_()
-    out = backbone.unet(latents, torch.tensor([10, 500]), hidden).sample
+    out = backbone.denoiser(latents, torch.tensor([10, 500]), hidden).sample
     return torch.autograd.grad(out.square().mean(), [*lora.parameters.values(), hidden])
 
 
@@ -188,11 +195,11 @@ def test_learns_the_same_among_frozen_layers_that_save_less(tiny_pipelines, monk
     teach(stock_lora)
     if lora_first:
         backbone, lora = unet_and_lora(tiny_pipelines["sd15"])
-        optimize_frozen(backbone.unet, recompute=recompute)
+        optimize_frozen(backbone.denoiser, recompute=recompute)
     else:
-        backbone = load_backbone(str(tiny_pipelines["sd15"]), torch.float32, torch.device("cpu"))
-        optimize_frozen(backbone.unet, recompute=recompute)
-        lora = Lora(backbone.unet, 4, 8.0, 0)
+        backbone = load_cpu(tiny_pipelines["sd15"])
+        optimize_frozen(backbone.denoiser, recompute=recompute)
+        lora = Lora(backbone, 4, 8.0, 0)
     teach(lora)
     for ours, theirs in zip(gradients(backbone, lora), gradients(stock, stock_lora), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -202,9 +209,9 @@ def test_learns_the_same_among_frozen_layers_that_save_less(tiny_pipelines, monk
 def test_learns_on_a_quantised_base(tiny_pipelines, precision):
     """Gradients point where those of the full weights do; what the base's rounding leaves is the same LoRA."""
     stock, stock_lora = unet_and_lora(tiny_pipelines["sd15"])
-    backbone = load_backbone(str(tiny_pipelines["sd15"]), torch.float32, torch.device("cpu"))
-    quantise_frozen(backbone.unet, precision)
-    lora = Lora(backbone.unet, 4, 8.0, 0)
+    backbone = load_cpu(tiny_pipelines["sd15"])
+    quantise_frozen(backbone.denoiser, precision)
+    lora = Lora(backbone, 4, 8.0, 0)
     assert list(lora.parameters) == list(stock_lora.parameters)
     teach(lora)
     teach(stock_lora)
@@ -220,7 +227,7 @@ def test_two_concepts_with_a_lora_each_act_together(tiny_pipelines, tmp_path):
         teach(lora, seed=i)
         write_lora(tmp_path / str(i), "<x>", backbone.pipeline, lora, {})
         weights.append(
-            {n: m.get_delta_weight("default") for n, m in backbone.unet.named_modules() if hasattr(m, "lora_A")}
+            {n: m.get_delta_weight("default") for n, m in backbone.denoiser.named_modules() if hasattr(m, "lora_A")}
         )
     stock = StableDiffusionPipeline.from_pretrained(tiny_pipelines["sd15"])
     base = {n: m.weight.detach().clone() for n, m in stock.unet.named_modules() if n in weights[0]}
@@ -239,7 +246,8 @@ def test_generate_draws_with_the_lora_beside_the_embedding(tiny_pipelines, tmp_p
 
     def drawn(name):
         path = tmp_path / name
-        generate_pictures(["a <x>"], [embedding], path, num_images=1, num_inference_steps=2)
+        settings = DrawSettings(num_images=1, num_inference_steps=2)
+        generate(prompt=["a <x>"], embedding=[embedding], output=path, settings=settings)
         return path.read_bytes()
 
     with pytest.warns(UserWarning, match="LoRA that was learned with <x> does not lie beside it"):
@@ -254,7 +262,8 @@ def test_the_state_of_a_lora_for_sdxl():
     """The figures of docs/ancillary.md, of the real UNet without its weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config_folder("sdxl") / "unet"))
-    lora = Lora(unet.requires_grad_(False), rank=4, alpha=4, seed=0)
+    backbone = SimpleNamespace(denoiser=unet.requires_grad_(False), lora_targets=StableDiffusionXL.lora_targets)
+    lora = Lora(backbone, rank=4, alpha=4, seed=0)
     assert (len(lora.layers), sum(p.numel() for p in lora.parameters.values())) == (560, 5_806_080)
     eight_bit, total, plain = state_bytes(AdamW8bit(list(lora.parameters.values())))
     assert (eight_bit, total, plain) == (11_612_160, 11_794_624, 46_453_120)
@@ -268,7 +277,7 @@ def test_a_concepts_lora_leaves_with_it(tiny_pipelines, tmp_path):
     base = predict(stock.unet)
     for _ in range(2):
         with lora_of(stock, tmp_path):
-            torch.testing.assert_close(predict(stock.unet), predict(backbone.unet), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(predict(stock.unet), predict(backbone.denoiser), rtol=1e-5, atol=1e-5)
         assert torch.equal(predict(stock.unet), base)
     (tmp_path / "empty").mkdir()
     with lora_of(stock, tmp_path / "empty"):

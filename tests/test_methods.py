@@ -5,17 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import dti_fast, refused, train_arguments
+from runs import command, refused, train_arguments
 from steps import GOOD, setup
 
-from dti_fast import SphericalSGD, sphere
+from dti_fast import SphericalSGD, sphere, train
 from dti_fast.backbones.load import load_backbone
 from dti_fast.data.draws import draw
 from dti_fast.errors import UserError
-from dti_fast.formats import read_embeddings, read_tensors
+from dti_fast.files import read_tensors
+from dti_fast.formats import read_embeddings
+from dti_fast.loss import diffusion_loss
 from dti_fast.optim import SphericalAdam
 from dti_fast.trainer.config import TrainConfig
-from dti_fast.trainer.loop import diffusion_loss, train, train_step
+from dti_fast.trainer.step import train_step
 
 METHODS = [
     {"method": "ti"},
@@ -37,11 +39,8 @@ def run(model: Path, pictures: Path, output: Path, **settings):
 
 def steps(tiny_pipeline, count, **settings):
     """The learner after `count` steps, and its loss at each."""
-    backbone, data, learner = setup(tiny_pipeline, **settings)
-    alphas, kind = backbone.noise_schedule()
-    losses = [
-        train_step(backbone, data, alphas, kind, [draw(data, 4, 1000, 0, i)], learner, GOOD)[0] for i in range(count)
-    ]
+    backbone, data, path, learner = setup(tiny_pipeline, **settings)
+    losses = [train_step(backbone, data, path, [draw(data, 4, 1000, 0, i)], learner, GOOD)[0] for i in range(count)]
     return learner, torch.stack(losses)
 
 
@@ -57,12 +56,11 @@ def test_textual_inversion_is_adamw_on_the_whole_vocabulary_with_the_other_rows_
     vocabulary.requires_grad_(True)
     start, others = vocabulary.detach().clone(), torch.arange(len(vocabulary)) != new
     optimizer = torch.optim.AdamW([vocabulary], lr=0.02, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    _, data, _ = setup(tiny_pipelines["sd15"])
-    alphas, kind = backbone.noise_schedule()
+    _, data, path, _ = setup(tiny_pipelines["sd15"])
     expected = []
     for i in range(20):
         optimizer.zero_grad()
-        loss = diffusion_loss(backbone, data, alphas, kind, draw(data, 4, 1000, 0, i))
+        loss = diffusion_loss(backbone, data, path, draw(data, 4, 1000, 0, i))
         loss.backward()
         optimizer.step()
         vocabulary.data[others] = start[others]
@@ -100,7 +98,7 @@ def test_rescaled_files_have_the_norm_of_the_vocabulary_and_the_direction_of_tex
 
 
 def test_cross_initialization_starts_from_the_text_encoders_own_output(tiny_pipelines):
-    _, _, learner = setup(tiny_pipelines["sdxl"], method="crossinit", initializer_token="red dog")
+    *_, learner = setup(tiny_pipelines["sdxl"], method="crossinit", initializer_token="red dog")
     stock = load_backbone(str(tiny_pipelines["sdxl"]), torch.float32, torch.device("cpu"))
     for embedding, encoder, tokenizer in zip(learner.embeddings, stock.text_encoders, stock.tokenizers, strict=True):
         ids = tokenizer("red dog", padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -112,7 +110,7 @@ def test_cross_initialization_starts_from_the_text_encoders_own_output(tiny_pipe
 
 
 def test_cross_initialization_is_held_at_its_start(tiny_pipelines):
-    _, _, learner = setup(tiny_pipelines["sdxl"], method="crossinit", reg_lambda=0.5)
+    *_, learner = setup(tiny_pipelines["sdxl"], method="crossinit", reg_lambda=0.5)
     moves = [torch.randn_like(e.rows) for e in learner.embeddings]
     for embedding, move in zip(learner.embeddings, moves, strict=True):
         embedding.rows.data += move
@@ -258,11 +256,11 @@ def test_the_command_line_trains_by_another_method(tiny_pipelines, pictures, tmp
     arguments = train_arguments(
         tiny_pipelines["sd15"], pictures, tmp_path, method="crossinit", max_train_steps=2, adam_weight_decay=0
     )
-    result = dti_fast(*arguments)
+    result = command(*arguments)
     assert result.returncode == 0, result.stderr
     _, metadata = read_embeddings(tmp_path)
     assert metadata["method"] == "crossinit"
-    again = dti_fast("train", "--config", tmp_path / "config.toml", "--output_dir", tmp_path / "again")
+    again = command("train", "--config", tmp_path / "config.toml", "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert torch.equal(read_embeddings(tmp_path / "again")[0][0], read_embeddings(tmp_path)[0][0])
-    refused(dti_fast(*arguments, "--kappa", 1), "--kappa does nothing with --method crossinit")
+    refused(command(*arguments, "--kappa", 1), "--kappa does nothing with --method crossinit")

@@ -5,24 +5,49 @@ from itertools import pairwise
 
 import pytest
 import torch
-from runs import dti_fast, refused
+from runs import command, refused
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.bench_memory import measure
+from dti_fast import TokenEmbedding
+from dti_fast.backbones.skeleton import skeleton
+from dti_fast.data.draws import Dataset, Draws
 from dti_fast.errors import UserError
+from dti_fast.loss import diffusion_loss
+from dti_fast.memory.count import TEXT, Step, compose, count_step, ladder, uniform
+from dti_fast.memory.estimator import Estimator, micro_batches
 from dti_fast.memory.live_bytes import LiveBytes
-from dti_fast.frozen.plan import GIB, MARGIN, MODES, TEXT, Model, Plan, Step, choose, compose, ladder, uniform
-from dti_fast.trainer.budget import Survey, micro_batches
-from dti_fast.trainer.config import TrainConfig
-
-
-def survey(model, resolution, batch, **settings):
-    config = TrainConfig(pretrained_model_name_or_path=model, resolution=resolution, train_batch_size=batch, **settings)
-    return Survey(config, torch.bfloat16)
+from dti_fast.memory.plan import GIB, MARGIN, MODES, Model, Plan, choose
 
 
 @pytest.fixture(scope="module")
 def sd15():
-    return survey("sd15", 512, 2)
+    return Estimator("sd15", torch.bfloat16, batch=2, resolution=512)
+
+
+class FakeStep:
+    """The pass of one picture that `sd15` counts, put together by hand."""
+
+    def __init__(self):
+        self.fake = FakeTensorMode()
+        with self.fake:
+            self.backbone = skeleton("sd15", torch.bfloat16)
+            (encoder,), (tokenizer,) = self.backbone.text_encoders, self.backbone.tokenizers
+            TokenEmbedding.install(encoder, tokenizer, "<x>", init=torch.empty(1, 768))
+            latents, row, ids = torch.empty(1, 4, 64, 64), torch.zeros(1, dtype=torch.int64), torch.ones(1, 77).long()
+            self.data = Dataset(latents, latents, torch.empty(1, 6), [(ids, ids)], False)
+            self.draws = Draws(row, row, row, latents, latents)
+
+    def condition(self) -> dict:
+        return self.backbone.condition(self.data.tokens, self.data.sizes)
+
+    def loss(self) -> torch.Tensor:
+        return diffusion_loss(self.backbone, self.data, self.backbone.path(), self.draws)
+
+
+@pytest.fixture(scope="module")
+def step():
+    return FakeStep()
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +55,16 @@ def counts(sd15):
     return {mode: sd15.count(mode, 1) for mode in MODES}
 
 
-def test_a_mixture_is_the_sum_of_its_parts(sd15, counts, monkeypatch):
+def test_a_mixture_is_the_sum_of_its_parts(step, counts):
     modes = uniform(counts, "none") | {
         TEXT: "block", "down_blocks.0": "geglu", "down_blocks.1": "block", "mid_block": "block",
         "up_blocks.2": "block", "up_blocks.3": "geglu",
     }  # fmt: skip
     composed = compose(counts, modes)
-    optimize = sd15._backbone.optimize_frozen
-    monkeypatch.setattr(sd15._backbone, "optimize_frozen", lambda _, attention: optimize(modes, attention))
-    counted = sd15.count("the mixture", 1)
-    whole = compose({"none": counted}, uniform({"none": counted}, "none"))
+    step.backbone.optimize_frozen(modes, "auto")
+    with step.fake:
+        counted = {"mixed": count_step(step.backbone.denoiser, step.backbone.blocks(), step.loss)}
+    whole = compose(counted, uniform(counted, "mixed"))
     assert composed.flops == whole.flops
     assert composed.saved == pytest.approx(whole.saved, rel=1e-3)
     assert composed.peak == pytest.approx(whole.peak, rel=1e-2)
@@ -47,32 +72,28 @@ def test_a_mixture_is_the_sum_of_its_parts(sd15, counts, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_unets_share_is_what_the_benchmark_of_memory_counts(sd15, counts, mode):
-    backbone = sd15._backbone
-    backbone.optimize_frozen(mode, "auto")
-    with sd15._fake, LiveBytes() as counter:
-        condition = backbone.condition([torch.zeros(1, 77, dtype=torch.int64)], torch.empty(1, 6))
+def test_the_unets_share_is_what_the_benchmark_of_memory_counts(step, counts, mode):
+    step.backbone.optimize_frozen(mode, "auto")
+    with step.fake, LiveBytes() as counter:
+        condition = step.condition()
         text = counter.live
         del condition
     kinds, peak = measure("sd15", 512, 1, mode)
-    step = compose(counts, uniform(counts, mode))
-    assert step.saved - text == pytest.approx(sum(kinds.values()), rel=2e-3)
-    assert step.peak - text == pytest.approx(peak, rel=0.02)
+    counted = compose(counts, uniform(counts, mode))
+    assert counted.saved - text == pytest.approx(sum(kinds.values()), rel=2e-3)
+    assert counted.peak - text == pytest.approx(peak, rel=0.02)
 
 
-def test_the_peak_is_that_of_the_step_as_a_whole(sd15, counts):
+def test_the_peak_is_that_of_the_step_as_a_whole(step, counts):
     """Segments only cut it up."""
-    backbone = sd15._backbone
-    backbone.optimize_frozen("none", "auto")
-    with sd15._fake:
-        ids, sizes = [torch.zeros(1, 77, dtype=torch.int64)], torch.empty(1, 6)
-        with LiveBytes() as counter:
-            loss = backbone.denoise(torch.empty(1, 4, 64, 64), torch.zeros(1), backbone.condition(ids, sizes))
-            live = counter.live
-            loss.square().mean().backward()
-    step = compose(counts, uniform(counts, "none"))
-    assert step.saved == pytest.approx(live, rel=0.01)
-    assert step.peak == pytest.approx(counter.peak, rel=0.01)
+    step.backbone.optimize_frozen("none", "auto")
+    with step.fake, LiveBytes() as counter:
+        loss = step.backbone.denoise(step.data.mean, torch.zeros(1), step.condition())
+        live = counter.live
+        loss.square().mean().backward()
+    counted = compose(counts, uniform(counts, "none"))
+    assert counted.saved == pytest.approx(live, rel=0.01)
+    assert counted.peak == pytest.approx(counter.peak, rel=0.01)
 
 
 def test_more_recomputation_keeps_less_and_computes_more(counts):
@@ -100,10 +121,10 @@ def test_a_batch_in_passes_needs_less(sd15):
 
 
 def test_sdxl_at_1024_fits_12_gib_without_recomputation():
-    plan = survey("sdxl", 1024, 1).choose(["bf16"], 12 * GIB)
+    plan = Estimator("sdxl", torch.bfloat16, batch=1, resolution=1024).choose(["bf16"], 12 * GIB)
     assert plan.fits(12 * GIB)
     assert set(plan.modes.values()) == {"none"}
-    assert (plan.precision, plan.alone, plan.tiled) == ("bf16", False, False)
+    assert (plan.precision, plan.encode_alone, plan.tiled_decoding) == ("bf16", False, False)
 
 
 MODEL = Model(
@@ -128,11 +149,11 @@ def test_the_cheapest_that_fits_is_chosen():
 
 def test_thrifts_outside_of_the_step_only_where_they_are_needed():
     plan = a_plan(0.5, 1)
-    assert (plan.within(24 * GIB).alone, plan.within(24 * GIB).tiled) == (False, False)
-    assert (plan.within(7 * GIB).alone, plan.within(7 * GIB).tiled) == (False, True)
-    assert (plan.within(6.5 * GIB).alone, plan.within(6.5 * GIB).tiled) == (True, True)
+    assert (plan.within(24 * GIB).encode_alone, plan.within(24 * GIB).tiled_decoding) == (False, False)
+    assert (plan.within(7 * GIB).encode_alone, plan.within(7 * GIB).tiled_decoding) == (False, True)
+    assert (plan.within(6.5 * GIB).encode_alone, plan.within(6.5 * GIB).tiled_decoding) == (True, True)
     assert plan.within(6.5 * GIB).total < plan.within(7 * GIB).total < plan.total
-    assert a_plan(0.5, 1, previews=False).within(7 * GIB).tiled is False
+    assert a_plan(0.5, 1, previews=False).within(7 * GIB).tiled_decoding is False
 
 
 def test_micro_batches_are_equal_parts():
@@ -155,7 +176,7 @@ def test_quantised_weights_are_the_last_resort(sd15):
 
 
 def plan(*arguments):
-    return dti_fast("plan", "--pretrained-model-name-or-path", "pocket", "--train_batch_size", "1", *arguments)
+    return command("plan", "--pretrained-model-name-or-path", "pocket", "--train_batch_size", "1", *arguments)
 
 
 def test_plan_on_the_command_line():

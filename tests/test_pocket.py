@@ -10,25 +10,24 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from runs import dti_fast
+from runs import command
 from safetensors import safe_open
 
-from dti_fast.backbones.load import POCKET_FOLDER
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.data.folder import find_pictures
 from dti_fast.pocket import bench as pocket_bench
-from dti_fast.pocket.bench import PocketBench
 from dti_fast.pocket import world
-from dti_fast.pocket.build import CONCEPT, build_tokenizer, draw_concept
-from dti_fast.pocket.build_recogniser import draw_scene
+from dti_fast.pocket.bench import PocketBench
+from tools.pocket.build import CONCEPT, build_tokenizer, draw_concept
+from tools.pocket.build_recogniser import draw_scene
 from dti_fast.pocket.recognise import FEATURES, PARTS, WEIGHTS, Recognition, credit, label
-from dti_fast.trainer.config import POCKET_CONCEPT
 
 DIGESTS = ["b53e52451cb0", "bdc4831c75c9", "08603df10206"]  # of prompts, training pictures, recogniser
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pipeline = StableDiffusionPipeline.from_pretrained(POCKET_FOLDER, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(Pocket.folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -64,17 +63,17 @@ def test_hue_is_a_circle_to_the_recogniser():
 
 def test_the_bundled_pictures_are_of_a_creature_without_a_name(tmp_path):
     draw_concept(tmp_path, world.unseen(CONCEPT))
-    assert [p.name for p in sorted(tmp_path.iterdir())] == [p.path.name for p in find_pictures(POCKET_CONCEPT)]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [p.path.name for p in find_pictures(Pocket.concept)]
     for path in tmp_path.iterdir():
-        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(POCKET_CONCEPT / path.name)))
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(Pocket.concept / path.name)))
     creature = world.unseen(CONCEPT)
     twins = [c for c in world.named_creatures() if c.features()[:18].tolist() == creature.features()[:18].tolist()]
     assert all(abs(c.hue - creature.hue) > 0.002 or abs(c.lightness - creature.lightness) > 0.002 for c in twins)
 
 
 def test_the_model_is_small_and_in_the_classic_layout():
-    assert sum(p.stat().st_size for p in POCKET_FOLDER.rglob("*") if p.is_file()) < 25e6
-    with safe_open(POCKET_FOLDER / "text_encoder" / "model.safetensors", "pt") as file:
+    assert sum(p.stat().st_size for p in Pocket.folder.rglob("*") if p.is_file()) < 25e6
+    with safe_open(Pocket.folder / "text_encoder" / "model.safetensors", "pt") as file:
         assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
 
 
@@ -141,9 +140,9 @@ def test_the_model_draws_what_names_and_prompts_say(pipeline):
 
 def test_the_main_job_learns_the_creature(tmp_path):
     """No arguments but fewer previews: the learned word draws the creature far better than the initial word."""
-    run = dti_fast("train", "--output_dir", tmp_path, "--num_validation_images", "0", timeout=300)
+    run = command("train", "--output_dir", tmp_path, "--num_validation_images", "0")
     assert run.returncode == 0, run.stderr
-    measured = dti_fast("evaluate", tmp_path, "--output_dir", tmp_path / "evaluation")
+    measured = command("evaluate", tmp_path, "--output_dir", tmp_path / "evaluation")
     assert measured.returncode == 0, measured.stderr
     scores = json.loads((tmp_path / "evaluation" / "results.json").read_text())["concepts"][tmp_path.name]
     for of_set in scores.values():
@@ -152,7 +151,7 @@ def test_the_main_job_learns_the_creature(tmp_path):
 
 
 def test_the_creature_is_recognised_in_its_pictures():
-    pictures = np.stack([np.asarray(Image.open(p.path)) for p in find_pictures(POCKET_CONCEPT)])
+    pictures = np.stack([np.asarray(Image.open(p.path)) for p in find_pictures(Pocket.concept)])
     shown, true = Recognition(pictures).creature(), world.unseen(CONCEPT)
     for field in FEATURES:
         assert credit(field, getattr(true, field))[label(field, getattr(shown, field))] > 0.5, field

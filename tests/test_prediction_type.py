@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from dti_fast.generate import generate_pictures
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_tiny_single_file
@@ -11,7 +12,6 @@ from dti_fast import TrainConfig, train
 from dti_fast.backbones import configs
 from dti_fast.backbones.load import load_backbone
 from dti_fast.formats import read_embeddings
-from dti_fast.generate import generate_pictures
 
 
 @pytest.mark.parametrize(

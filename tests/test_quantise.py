@@ -6,16 +6,26 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline, SanaTransformer2DModel, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from dti_fast.backbones.configs import config_folder
 from dti_fast.errors import UserError
 from dti_fast.frozen import layers
 from dti_fast.frozen.engine import optimize_frozen, restore
-from dti_fast.memory.live_bytes import LiveBytes
 from dti_fast.frozen.quantise import PRECISIONS, quantise_frozen, weight_bytes
+from dti_fast.memory.live_bytes import LiveBytes
 
 
 def frozen_linear(in_features=96, out_features=80, dtype=torch.float32, bias=True, seed=0):
@@ -204,6 +214,23 @@ def test_keeps_no_input(precision):
     assert out.requires_grad
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_offloading_takes_the_weights_away_before_the_backward_pass(precision, recomputed):
+    model = nn.Sequential(frozen_linear(), nn.Tanh(), frozen_linear(80, 80, seed=1))
+    quantise_frozen(model, precision)
+    x = torch.randn(4, 96, requires_grad=True)
+
+    def gradient():
+        out = checkpoint(model, x, use_reentrant=False) if recomputed else model(x)
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    exact = gradient()
+    cpu_offload(model, execution_device="cpu")
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.equal(gradient(), exact)
+
+
 def text_gradient(unet):
     """Output of a tiny SDXL's UNet and the gradient for its text, from fixed inputs."""
     generator = torch.Generator().manual_seed(0)
@@ -291,6 +318,131 @@ def test_weight_bytes_of_sdxl():
     for precision, unet_gib, text_gib in [("bf16", 4.78, 1.52), ("int8", 2.72, 0.86), ("nf4", 1.71, 0.54)]:
         assert weight_bytes(unet, precision) / 2**30 == pytest.approx(unet_gib, abs=0.005)
         assert sum(weight_bytes(text, precision) for text in texts) / 2**30 == pytest.approx(text_gib, abs=0.005)
+
+
+@pytest.mark.parametrize("precision, bounds", [("int8", (0.03, 0.1)), ("nf4", (0.2, 0.3))])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model, config", [(T5EncoderModel, T5Config), (UMT5EncoderModel, UMT5Config)])
+def test_t5_keeps_its_activations(model, config, dtype, gated, precision, bounds):
+    """T5 casts the feed-forward's activations to the dtype of the weight behind them, but for int8.
+
+    Bounds are relative, of the output and of a gradient.
+    """
+    torch.manual_seed(0)
+    encoder = model(config(
+        vocab_size=50, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, use_cache=False,
+        feed_forward_proj="gated-gelu" if gated else "relu", tie_word_embeddings=False,
+    )).requires_grad_(False).eval().to(dtype)  # fmt: skip
+    ids, words = torch.arange(20)[None], encoder.get_input_embeddings().weight
+
+    def run():
+        words.requires_grad_()
+        out = encoder(ids).last_hidden_state.float()
+        gradient = torch.autograd.grad(out[..., :5].sum(), words)[0].float()
+        words.requires_grad_(False)
+        return out.detach(), gradient
+
+    exact = run()
+    quantise_frozen(encoder, precision)
+    for ours, stock, bound in zip(run(), exact, bounds, strict=True):
+        assert (ours - stock).norm() < bound * stock.norm()
+
+
+def test_nf4_reads_files_whose_bytes_are_uint8():
+    model, other = frozen_linear(seed=0), frozen_linear(seed=1)
+    for each in (model, other):
+        quantise_frozen(each, "nf4")
+    state = {name: t.view(torch.uint8) if name == "0.weight" else t for name, t in model.state_dict().items()}
+    assert (state["0.weight"] > 127).any()
+    x = torch.randn(3, 96)
+    for assign in (False, True):
+        other.load_state_dict(state, assign=assign)
+        assert other[0].weight.dtype == torch.int8
+        assert torch.equal(model(x), other(x))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_bias_made_trainable_later_gets_its_gradient(precision):
+    model = frozen_linear()
+    quantise_frozen(model, precision)
+    x = torch.randn(2, 5, 96)
+    frozen = model(x)
+    model[0].bias.requires_grad_(True)
+    out = model(x)
+    torch.testing.assert_close(out, frozen)
+    out.sum().backward()
+    assert torch.equal(model[0].bias.grad, torch.full((80,), 10.0))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("optimised", [True, False])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_pointwise_convolutions(precision, optimised, bias, memory_format):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 96, 1, bias=bias)).requires_grad_(False)
+    x = torch.randn(2, 64, 5, 7).to(memory_format=memory_format).requires_grad_()
+    stock = model(x)
+    linear = nn.Sequential(nn.Linear(64, 96, bias=bias)).requires_grad_(False)
+    linear.load_state_dict({name: t.flatten(1) if t.dim() > 1 else t for name, t in model.state_dict().items()})
+    if optimised:
+        optimize_frozen(model)
+    assert quantise_frozen(model, precision) == []
+    assert weight_bytes(model, precision, torch.float32, convolutions=True) < 0.5 * measured_bytes(model)
+    predicted = weight_bytes(model, precision, torch.float32, convolutions=True)
+    assert quantise_frozen(model, precision, convolutions=True) == ["0"]
+    assert predicted == measured_bytes(model)
+    out = model(x)
+    assert out.shape == stock.shape
+    assert (out - stock).norm() < {"int8": 0.02, "nf4": 0.15}[precision] * stock.norm()
+    quantise_frozen(linear, precision)
+    rows = x.detach().permute(0, 2, 3, 1).reshape(-1, 64).requires_grad_()
+    torch.testing.assert_close(out.permute(0, 2, 3, 1).reshape(-1, 96), linear(rows))
+    grad = torch.randn(out.shape)
+    out.backward(grad)
+    linear(rows).backward(grad.permute(0, 2, 3, 1).reshape(-1, 96))
+    torch.testing.assert_close(x.grad.permute(0, 2, 3, 1).reshape(-1, 64), rows.grad)
+
+
+def test_other_convolutions_stay():
+    convolutions = nn.ModuleList([
+        nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1, stride=2), nn.Conv2d(4, 4, 1, padding=1),
+        nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, (1, 3)), nn.Conv1d(4, 4, 1),
+    ]).requires_grad_(False)  # fmt: skip
+    trainable = nn.Conv2d(4, 4, 1)
+    assert quantise_frozen(nn.ModuleList([*convolutions, trainable]), "int8", convolutions=True) == []
+
+
+def test_most_of_sana_is_in_its_pointwise_convolutions():
+    with torch.device("meta"):
+        sana = SanaTransformer2DModel(num_layers=2).requires_grad_(False)
+    without, with_them = (weight_bytes(sana, "nf4", convolutions=c) for c in (False, True))
+    assert with_them < 0.6 * without
+    sana = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=32, sample_size=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=32, cross_attention_dim=64, caption_channels=24,
+        patch_size=1,
+    ).requires_grad_(False)  # fmt: skip
+    arguments = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 24), torch.tensor([3.0, 500.0])
+    exact = sana(*arguments).sample
+    names = quantise_frozen(sana, "int8", convolutions=True)
+    assert {name.rpartition(".")[2] for name in names} >= {"conv_inverted", "conv_point", "to_q"}
+    assert (sana(*arguments).sample - exact).norm() < 0.05 * exact.norm()
+
+
+def test_what_others_have_made_of_a_linear_is_left_alone():
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("hooked", "own", "shared", "plain")})
+    model["again"] = model["shared"]
+    model.requires_grad_(False)
+    model["hooked"].register_forward_hook(lambda module, args, out: out + 1)
+    model["own"].forward = lambda x: x
+    with pytest.warns(UserWarning, match="quantise_frozen left 3 layers as they are"):
+        assert quantise_frozen(model, "int8") == ["plain"]
+    assert model["again"] is model["shared"]
+    x = torch.ones(1, 8)
+    assert torch.equal(model["hooked"](x), F.linear(x, model["hooked"].weight, model["hooked"].bias) + 1)
+    assert model["own"](x) is x
 
 
 def measured_bytes(model) -> int:

@@ -58,7 +58,7 @@ def check(arguments, options):
 
 
 @pytest.mark.parametrize("K", [1, 4, 33])
-@pytest.mark.parametrize("D", [1, 3, 127, 768, 1280, 2304, 4096])
+@pytest.mark.parametrize("D", [1, 3, 127, 768, 1280, 2304, 4096, 8192])
 def test_shapes(lane, K, D):
     check(*problem(K, D, lane, grad=torch.bfloat16, beta=0.9, scale=1024.0, found=0.0))
 
@@ -244,7 +244,7 @@ def test_meta_device_reads_nothing_back():
         (2, None, "kappa needs mu"),
         (3, torch.ones(3, 1), "second_moment goes with"),
         (4, torch.ones(2), "step must be one"),
-        (5, torch.ones((), dtype=torch.float64), "lr must be one float32"),
+        (5, torch.ones((), device="meta"), "lr must be one float32"),
     ],
 )
 def test_wrong_arguments(index, wrong, message):
@@ -285,3 +285,9 @@ def test_optimizer_follows_its_parameter_to_another_device():
     moved.grad = torch.empty_like(moved)
     other.step()
     assert other.state[moved]["step"].device.type == other.param_groups[0]["mu"].device.type == "meta"
+
+
+@pytest.mark.parametrize("D", [768, 1280, 2048])
+def test_text_encoders_are_compiled_ahead(D):
+    kernels = pytest.importorskip("dti_fast.kernels.sphere_step")
+    assert any(f"D={D}," in case for case, _ in kernels.aot_cases())

@@ -184,8 +184,8 @@ def test_meta_device_reads_nothing_back():
 @pytest.mark.parametrize(
     ("index", "wrong", "message"),
     [
-        (0, torch.zeros(2, 3, dtype=torch.int32), "ids must be int64"),
-        (1, torch.zeros(50, 8, dtype=torch.float64), "vocabulary must be"),
+        (0, torch.zeros(2, 3), "ids must be int64 or int32"),
+        (1, torch.zeros(50, 8, dtype=torch.int64), "vocabulary must be"),
         (2, torch.zeros(3, 7), "directions must be"),
         (2, torch.zeros(3, 8, dtype=torch.bfloat16), "directions must be"),
         (3, torch.zeros(3), "magnitudes must be"),
@@ -214,3 +214,9 @@ def test_graph_capture(lane):
         ids.copy_((ids + shift) % (first_id + 4))
         graph.replay()
         assert all(map(torch.equal, captured, step()))
+
+
+@pytest.mark.parametrize("D", [768, 1280, 2048])
+def test_text_encoders_are_compiled_ahead(D):
+    kernels = pytest.importorskip("dti_fast.kernels.token_embed")
+    assert any(f"D={D}," in case for case, _ in kernels.aot_cases())

@@ -50,8 +50,9 @@ struct Arguments {
   SphereStep options;
 };
 
+// Bounded, because 1024 threads with more than 64 registers each do not launch.
 template <int N>
-__global__ void sphere_step_kernel(const Arguments a) {
+__global__ void __launch_bounds__(1024) sphere_step_kernel(const Arguments a) {
   if (a.found_inf && *a.found_inf != 0) return;
   __shared__ float warps[32];
   const int64_t k = blockIdx.x;
@@ -89,7 +90,7 @@ void sphere_step_(
     std::optional<Tensor> found_inf) {
   const int64_t K = p.size(0), D = p.size(1);
   if (K == 0 || D == 0) return;
-  STD_TORCH_CHECK(D <= 16384, "the native CUDA kernel of sphere_step_ takes rows of up to 16384, got ", D);
+  STD_TORCH_CHECK(D <= 8192, "the native CUDA kernel of sphere_step_ takes rows of up to 8192, got ", D);
   const bool prior = mu && kappa != 0;
   const Arguments arguments{
       floats(p), p.stride(0), p.stride(1),
@@ -102,8 +103,7 @@ void sphere_step_(
   const torch::stable::accelerator::DeviceGuard guard(p.get_device_index());
   const cudaStream_t stream = current_stream(p);
   const unsigned threads = static_cast<unsigned>(std::clamp<int64_t>((D + 127) / 128 * 32, 32, 1024));
-  const int64_t each = (D + threads - 1) / threads;
-  const auto kernel = each <= 4 ? sphere_step_kernel<4> : each <= 8 ? sphere_step_kernel<8> : sphere_step_kernel<16>;
+  const auto kernel = D <= 4 * threads ? sphere_step_kernel<4> : sphere_step_kernel<8>;
   kernel<<<static_cast<unsigned>(K), threads, 0, stream>>>(arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

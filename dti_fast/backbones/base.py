@@ -96,7 +96,7 @@ class Backbone:
     A subclass says `condition` and `denoise`, and `path` or `encode` where they differ from those here.
 
     Attributes:
-        pipeline: the diffusers pipeline, itself unchanged.
+        pipeline: the diffusers pipeline, unchanged but that it draws no progress bars.
         denoiser: the UNet or transformer.
         vae: as the pipeline's.
         text_encoders, tokenizers: in the order in which embedding files name them.
@@ -113,12 +113,12 @@ class Backbone:
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
+        pipeline.set_progress_bar_config(disable=True)
         names = component_names(pipeline.components)
         self.denoiser = getattr(pipeline, names.denoiser)
         self.vae = pipeline.vae
-        present = [i for i, name in enumerate(names.text_encoders) if getattr(pipeline, name) is not None]
-        self.text_encoders = [getattr(pipeline, names.text_encoders[i]) for i in present]
-        self.tokenizers = [getattr(pipeline, names.tokenizers[i]) for i in present]
+        self.text_encoders = [getattr(pipeline, name) for name in names.text_encoders]
+        self.tokenizers = [getattr(pipeline, name) for name in names.tokenizers]
         for module in self.modules():
             module.requires_grad_(False).eval()
 
@@ -277,7 +277,7 @@ class Backbone:
 
 
 @contextmanager
-def decode_in_tiles(vae: nn.Module, side: int = 512) -> Iterator[None]:
+def decode_in_tiles(vae, side: int = 512) -> Iterator[None]:
     """Let an AutoencoderKL decode tiles of `side` pixels, blended where they overlap; pictures change slightly."""
     before = vae.tile_sample_min_size, vae.tile_latent_min_size
     vae.tile_sample_min_size, vae.tile_latent_min_size = side, side * before[1] // before[0]

@@ -20,14 +20,15 @@ class ComponentNames:
     tokenizers: list[str]
 
 
-def component_names(names: Mapping) -> ComponentNames:
-    """The parts among the components of a pipeline, or the keys of its model_index.json.
+def component_names(components: Mapping) -> ComponentNames:
+    """The parts among the components of a pipeline, or those that model_index.json names; absent ones are left out.
 
     Raises:
         UserError: if there is no denoiser or no text encoder.
     """
-    denoiser = next((name for name in ("transformer", "unet") if name in names), None)
-    suffixes = [suffix for suffix in ("", "_2", "_3") if f"text_encoder{suffix}" in names]
+    there = {name for name, value in components.items() if value is not None and value != [None, None]}
+    denoiser = next((name for name in ("transformer", "unet") if name in there), None)
+    suffixes = [suffix for suffix in ("", "_2", "_3") if f"text_encoder{suffix}" in there]
     if denoiser is None or not suffixes:
         raise UserError("this pipeline has no denoiser with a text encoder, so there is nothing to train")
     return ComponentNames(denoiser, [f"text_encoder{s}" for s in suffixes], [f"tokenizer{s}" for s in suffixes])

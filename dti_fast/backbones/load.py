@@ -76,7 +76,8 @@ def load_backbone(
     try:
         single = Path(source).is_file()
         folder = str(config_folder(identify(Path(source)))) if single else source
-        class_name = diffusers.DiffusionPipeline.load_config(folder)["_class_name"]
+        index = diffusers.DiffusionPipeline.load_config(folder)
+        class_name = index["_class_name"]
         family = family_of(class_name, name)
         if quantise and quantised_cache:
             configs = Path(folder) if Path(folder).is_dir() else Path(diffusers.DiffusionPipeline.download(folder))
@@ -88,8 +89,9 @@ def load_backbone(
             )
             pipeline.vae.to(vae_dtype)
         else:
+            absent = {part: None for part, value in index.items() if value == [None, None]}
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                source, dtype={"default": dtype, "vae": vae_dtype}, **family.load_arguments, **ready
+                source, dtype={"default": dtype, "vae": vae_dtype}, **{**absent, **family.load_arguments, **ready}
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -48,8 +48,8 @@ def record_tokens(backbone: "Backbone", prompts: Sequence[str]) -> list[Tokens]:
     tokens = []
     for of_encoder in zip(*rows, strict=True):
         longest = max(len(ids) for ids, _ in of_encoder)
-        padded = [[F.pad(t, (0, longest - len(t))) for t in pair] for pair in of_encoder]
-        tokens.append(tuple(torch.stack(column) for column in zip(*padded, strict=True)))
+        ids, mask = ([F.pad(t, (0, longest - len(t))) for t in column] for column in zip(*of_encoder, strict=True))
+        tokens.append((torch.stack(ids), torch.stack(mask)))
     return tokens
 
 
@@ -70,7 +70,7 @@ def _record(backbone: "Backbone", prompt: str) -> list[Tokens]:
     return [noted[0] for noted in calls]
 
 
-def _blank_forward(encoder: nn.Module, noted: list[Tokens]) -> Callable:
+def _blank_forward(encoder, noted: list[Tokens]) -> Callable:
     width = encoder.get_input_embeddings().weight.shape[1]
     projection = getattr(encoder, "text_projection", None)
 

@@ -24,7 +24,7 @@ def skeleton(name: str, dtype: torch.dtype) -> Backbone:
     """
     import diffusers
 
-    folder = _configurations(name)
+    folder = configurations(name)
     default_dtype = torch.get_default_dtype()
     try:
         index = diffusers.DiffusionPipeline.load_config(folder)
@@ -46,10 +46,11 @@ def skeleton(name: str, dtype: torch.dtype) -> Backbone:
         raise UserError(f"the configuration of {name!r} cannot be read: {reason}") from error
     finally:
         torch.set_default_dtype(default_dtype)
+    pipeline.set_progress_bar_config(disable=True)
     return family(pipeline)
 
 
-def _configurations(name: str) -> str:
+def configurations(name: str) -> str:
     """A folder or hub id that holds the configurations of a model."""
     if name in BUNDLED:
         return str(BUNDLED[name].folder)

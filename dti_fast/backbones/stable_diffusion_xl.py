@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dti_fast.backbones.stable_diffusion import StableDiffusion
+from dti_fast.errors import UserError
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -13,6 +14,8 @@ class StableDiffusionXL(StableDiffusion):
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
+        if len(self.text_encoders) != 2:
+            raise UserError("this SDXL pipeline has one text encoder, as the refiner has; train on the base model")
         pooled = self.text_encoders[-1]
         self._pooled_model = getattr(pooled, "text_model", pooled)
         self._stock_end = self._pooled_model.eos_token_id

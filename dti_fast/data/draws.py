@@ -38,9 +38,8 @@ class Draws:
         return [Draws(*parts) for parts in zip(*(t.split(size) for t in vars(self).values()), strict=True)]
 
     def to(self, device: torch.device) -> "Draws":
-        tensors = vars(self).values()
-        if device.type == "cuda":  # only pinned memory is copied without waiting
-            tensors = (t.pin_memory() for t in tensors)
+        cuda = device.type == "cuda"  # to which only pinned memory is copied without waiting
+        tensors = [t.pin_memory() if cuda else t for t in vars(self).values()]
         return Draws(*(t.to(device, non_blocking=True) for t in tensors))
 
 

@@ -7,8 +7,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = (80, 86, 89, 90, 120)
-
 
 class _AbsentGPU:
     def __init__(self, capability: int):

@@ -9,12 +9,12 @@
 Shapes: x, out, grad and dx `[N, C, S]`, S positions, stored as that or with the channels last; weight and bias `[C]` or
 None; mean and rstd `[N, G]`; M = S C / G elements a group.
 Dtypes: mean and rstd float32, the others float32, bfloat16 or float16; arithmetic float32.
-Launch: every program of the first and third takes the tile that `TILE` gives the layout; the first reduces each of its
-channels, the second combines the parts of a group, one program each, and the third applies.
-Channels and not groups are reduced first, because a group's channels, 10 or 30 of them, are no tile of vector loads
-when they come last.  Sums run in a fixed order, without atomics: results repeat bit for bit.
-Variance: a part's is summed around the part's own mean, and the parts are combined by Chan's formula
-sum (M_i + n_i (mean_i - mean)^2), so that nothing cancels however far the mean lies from zero.
+Launch: the first kernel reduces channels, the second combines the channels of a group, the third applies the result.
+A program of the first and the third takes the tile that `TILE` has for the layout; one of the second takes a group.
+Channels are reduced before groups because 10 or 30 channels of a group, when they come last in memory, cannot be read
+by vector loads.  Sums run in a fixed order, without atomics: results repeat bit for bit.
+Variance: squares are summed around the mean of their own part, and the parts are combined by Chan's formula,
+sum (M_i + n_i (mean_i - mean)^2).  So no digits cancel, however far the mean lies from zero.
 Bytes: forward `3 N C S` elements, backward `5 N C S`, besides 8 bytes for every `positions` elements, written and read
 again.  The second read of x, and of x and grad, is the price of groups that no multiprocessor holds: in SDXL at 1024 px
 they have up to 491,520 elements.

@@ -54,6 +54,10 @@ class Count:
         """Bytes that a part keeps alive for the backward pass."""
         return sum(s.live for s in self.segments[: self.forward] if s.part == part)
 
+    def as_list(self) -> list:
+        """`forward`, and each segment's attributes as a list."""
+        return [self.forward, *(list(vars(segment).values()) for segment in self.segments)]
+
     def flops(self, part: str) -> int:
         return sum(s.flops for s in self.segments if s.part == part)
 
@@ -118,7 +122,7 @@ def count_step(denoiser: nn.Module, blocks: Sequence[str], loss: Callable[[], Te
         if not torch.is_grad_enabled():
             return
         walk.enter(TEXT)
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = next(t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad)
         hidden.register_hook(partial(walk.enter, name))  # backward enters the block
 
     handles = [denoiser.register_forward_pre_hook(watch_text, with_kwargs=True)]
@@ -187,7 +191,7 @@ def ladder(counts: Mapping[str, Count]) -> list[dict[str, str]]:
 
 
 def _plainly(counts: Mapping[str, Count], modes: dict[str, str]) -> dict[str, str]:
-    """The same, in which a part on which two modes act alike has the mode that most parts have."""
+    """The same plan in fewer words: where two modes do the same to a part, it gets the one that most parts have."""
     usual = max(counts, key=list(modes.values()).count)
 
     def effect(mode, part):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dti_fast.backbones import Backbone
 from dti_fast.backbones.base import decode_in_tiles
-from dti_fast.backbones.skeleton import skeleton
+from dti_fast.backbones.skeleton import configurations, skeleton
 from dti_fast.data.draws import Dataset, Draws
 from dti_fast.errors import UserError
 from dti_fast.frozen.quantise import PRECISIONS, replaceable, weight_bytes
 from dti_fast.loss import Consistency, diffusion_loss
-from dti_fast.memory.count import Count, compose, count_step, ladder
+from dti_fast.memory import store
+from dti_fast.memory.count import Count, Segment, compose, count_step, ladder
 from dti_fast.memory.live_bytes import LiveBytes
 from dti_fast.memory.plan import GIB, MARGIN, MODES, Model, Plan, choose
 from dti_fast.tokens import TokenEmbedding
@@ -58,6 +60,8 @@ class Estimator:
         self._attention = "auto" if attention == "xformers" else attention  # which keeps as much as sdpa
         self._fake = FakeTensorMode()
         self._consistency: Consistency | None = None
+        folder = configurations(model)
+        self._key = None if extend else store.model_key(folder, dtype)
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -83,9 +87,20 @@ class Estimator:
                     fake = self._fake.from_tensor(p.detach())
                     child.register_parameter(name, nn.Parameter(fake, p.requires_grad))
 
-    @property
+    def _stored(self, what: str, count: Callable[[], Any]) -> Any:
+        """What `count` gives, or gave once for a model of the same configuration."""
+        if self._key is None:
+            return count()
+        key = f"{self._key} {what}"
+        found = store.read(key)
+        if found is None:
+            found = count()
+            store.write(key, found)
+        return found
+
+    @cached_property
     def resolution(self) -> int:
-        return self._resolution or self._backbone.default_resolution()
+        return self._resolution or self._stored("resolution", lambda: self._backbone.default_resolution())
 
     @property
     def title(self) -> str:
@@ -98,7 +113,8 @@ class Estimator:
 
     def _dataset(self, count: int) -> Dataset:
         """Under `FakeTensorMode`, `count` pictures and prompts."""
-        tokens = [tuple(torch.ones(count, length, dtype=torch.int64) for _ in range(2)) for length in self._lengths]
+        ids = [torch.ones(count, length, dtype=torch.int64) for length in self._lengths]
+        tokens = [(of_encoder, torch.ones_like(of_encoder)) for of_encoder in ids]
         latents = self._latents(count)
         return Dataset(latents, latents, torch.empty(count, 6), tokens, False)
 
@@ -113,11 +129,16 @@ class Estimator:
     @cached_property
     def model(self) -> Model:
         """What no choice of recomputation changes."""
-        backbone, vae = self._backbone, self._backbone.vae
+        fields = self._stored(f"model at {self.resolution}", lambda: list(vars(self._count_model()).values()))
+        return Model(*fields)
 
-        def most(compute, *arguments) -> int:
+    def _count_model(self) -> Model:
+        backbone, vae = self._backbone, self._backbone.vae
+        self._lengths  # noqa: B018, asked for outside of the fake mode
+
+        def most(compute) -> int:
             with self._fake, torch.no_grad(), LiveBytes() as counter:
-                compute(*arguments)
+                compute()
             return counter.peak
 
         def denoise():  # two of each, for guidance
@@ -136,7 +157,6 @@ class Estimator:
                 for p in precisions("auto", self.dtype)
             }
 
-        self._lengths  # noqa: B018, asked for outside of the fake mode
         whole = most(decode)
         with decode_in_tiles(vae):
             tiled = most(decode)
@@ -153,6 +173,11 @@ class Estimator:
     @cache  # noqa: B019, an estimator lives as long as its run
     def count(self, mode: str, micro_batch: int) -> Count:
         """A pass of `micro_batch` pictures with every part in one mode."""
+        what = f"{micro_batch} at {self.resolution}, {mode}, attention {self._attention}"
+        forward, *segments = self._stored(what, lambda: self._count_pass(mode, micro_batch).as_list())
+        return Count([Segment(*segment) for segment in segments], forward)
+
+    def _count_pass(self, mode: str, micro_batch: int) -> Count:
         backbone, _ = self._backbone, self._lengths
         backbone.optimize_frozen(mode, self._attention)
         with self._fake:

@@ -12,10 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dti_fast import ops  # noqa: F401  registers torch.ops.dti_fast
+from dti_fast.ops import operators
 
 aten = torch.ops.aten
-ours = torch.ops.dti_fast
 ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -24,9 +23,6 @@ ATTENTION = {
 MAKERS = {aten.gelu.default: "GEGLU gelu(gate)"} | dict.fromkeys(ATTENTION, "attention out and lse")
 READERS = {
     aten.gelu.default: "GEGLU projection",
-    ours.geglu.default: "GEGLU projection",
-    ours.group_norm_silu.default: "GroupNorm input",
-    ours.layer_norm.default: "LayerNorm input",
     aten.convolution.default: "conv input",
     aten.silu.default: "SiLU input",
     aten.native_group_norm.default: "GroupNorm input",
@@ -46,12 +42,13 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live = self.peak = 0
+        self._readers = READERS | {op.overload: op.keeps for op in operators.values() if op.keeps is not None}
         self._storages: dict[int, tuple[int, str]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        if func in READERS:
-            self._name(inputs, READERS[func])
+        if func in self._readers:
+            self._name(inputs, self._readers[func])
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             # A view of a weight is no new storage, nor is what an op in place returns.
@@ -62,7 +59,8 @@ class LiveBytes(TorchDispatchMode):
     def by_kind(self) -> dict[str, int]:
         """Bytes alive now by kind of tensor, largest first.
 
-        A kind is the op that made a tensor if `MAKERS` has it, else the first op of `READERS` that read it.
+        A kind is the op that made a tensor if `MAKERS` has it, else the first op that read it of `READERS` and of ours,
+        which say themselves what they keep.
         """
         totals: dict[str, int] = {}
         for size, kind in self._storages.values():

@@ -13,7 +13,8 @@ CUDA_CONTEXT = int(0.4 * GIB)  # driver context and loaded kernels: a guess
 WORKSPACES = int(0.1 * GIB)  # cuBLAS takes 8 MiB, on Hopper 32 (PyTorch's defaults); the rest, for cuDNN, is a guess
 FRAGMENTATION = 0.05  # of what a step makes, for the allocator's rounding and unusable gaps: a guess
 MARGIN = int(0.3 * GIB)  # of the card left alone, for the desktop and for errors of the numbers above: a choice
-PASS_FLOPS = 0.25e12  # as which a further pass counts, since small batches fill a card less well: a guess
+# What splitting a batch costs, in FLOPs for each further pass: small batches keep a card less busy.  A guess.
+PASS_FLOPS = 0.25e12
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ class Plan:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Bytes by part: the first three all the time, saved and transient in a step, the others before and after."""
+        """Bytes by part.
+
+        Context, weights and text encoders are there all the time; saved and transient tensors during a step; the VAE
+        encodes before the first step, and the preview is drawn after the last.
+        """
         slack = 1 + FRAGMENTATION
         drawing = max(self.model.guidance, self.model.decode_tiled if self.tiled_decoding else self.model.decode)
         return {
@@ -93,7 +98,7 @@ class Plan:
         )
 
     def within(self, vram: float) -> "Plan":
-        """The same plan with those thrifts outside of the step that `vram` bytes ask for."""
+        """The same plan, with the VAE encoding alone and previews decoded in tiles where `vram` bytes ask for it."""
         parts = self.parts
         room = vram - MARGIN - parts["context"] - parts["weights"] - parts["text encoders"]
         return replace(self, encode_alone=parts["VAE encode"] > room, tiled_decoding=parts["preview"] > room)

@@ -21,6 +21,9 @@ PARTS = {"cpu": ("cpu",), "cuda": ("cpu", "cuda")}  # device -> libraries; the f
 ARCHITECTURES = (80, 86, 89, 90, 120)
 _COMMON = ("-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 _HOST = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+# What the compilers read besides their arguments.
+_ENVIRONMENT = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+_failures: dict[Path, str] = {}  # of this process, should a note not be writable
 
 
 class BuildError(RuntimeError):
@@ -40,20 +43,44 @@ def build(part: str, directory: Path | None = None) -> Path:
     """Compile `part` into `directory`, by default the cache, and return the library's path.
 
     Raises:
-        BuildError: without a compiler or torch's headers, or when the compiler fails.
+        BuildError: without a compiler or torch's headers, when the compiler fails, which `failure` remembers, or for a
+            directory that cannot be written.
     """
     directory = directory or cache_directory()
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / file_name(part)
-    # The rename is atomic: of two processes that build at once neither sees half a library.
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        output = Path(scratch) / target.name
-        command = _command(part, output)
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise BuildError(f"{' '.join(command)} failed:\n{result.stderr.strip()}")
-        os.replace(output, target)
+    target, note = directory / file_name(part), _note(part, directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # The rename is atomic: of two processes that build at once neither sees half a library.
+        with tempfile.TemporaryDirectory(dir=directory) as scratch:
+            output = Path(scratch) / target.name
+            command = _command(part, output)
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                message = _message(command, result.stderr.strip())
+                if result.returncode > 0:  # and was not killed
+                    _failures[note] = message
+                    (Path(scratch) / note.name).write_text(message)
+                    os.replace(Path(scratch) / note.name, note)
+                raise BuildError(message)
+            os.replace(output, target)
+    except OSError as error:
+        raise BuildError(f"cannot build in {directory}: {error}") from error
+    _failures.pop(note, None)
+    note.unlink(missing_ok=True)
     return target
+
+
+def failure(part: str) -> str | None:
+    """What the compiler said when it last failed to build `part` into the cache, or None.
+
+    That is noted for the sources, the command, the compilers and the torch of then: once one of them is another, it is
+    as if nothing had been tried.  `build` always tries.
+
+    Raises:
+        BuildError: without a compiler or torch's headers.
+    """
+    note = _note(part, cache_directory())
+    return _failures.get(note) or (note.read_text() if note.exists() else None)
 
 
 def cache_directory() -> Path:
@@ -147,6 +174,23 @@ def _command(part: str, output: Path) -> list[str]:
             str(output),
         ]
     return [word for word in command if word]
+
+
+def _note(part: str, directory: Path) -> Path:
+    command = _command(part, Path("output"))
+    ingredients = hashlib.sha256(repr((command, [os.environ.get(name) for name in _ENVIRONMENT])).encode())
+    for tool in (command[0], *filter(None, map(shutil.which, ("c++", "g++")))):
+        status = os.stat(tool)
+        ingredients.update(repr((os.path.realpath(tool), status.st_size, status.st_mtime_ns)).encode())
+    ingredients.update((torch_directory() / "version.py").read_bytes())
+    return directory / f"{Path(file_name(part)).stem}-{ingredients.hexdigest()[:16]}.failed"
+
+
+def _message(command: list[str], said: str) -> str:
+    """The first error, then all that the compiler said."""
+    lines = said.splitlines() or ["it said nothing"]
+    first = next((line for line in lines if re.search(r"\berror\b", line)), lines[-1])
+    return f"{Path(command[0]).name}: {first}\n{' '.join(command)} failed:\n{said}"
 
 
 def _package() -> Path:

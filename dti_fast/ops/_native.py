@@ -15,10 +15,13 @@ def obstacle(device: str, *, build: bool) -> str | None:
         return "this torch is not a CUDA build"
     try:
         for part in _build.PARTS[device]:
-            if _build.find(part) is None:
-                if not build:
-                    return "not built (python -m dti_fast.ops._build)"
-                _build.build(part)
+            if _build.find(part) is not None:
+                continue
+            if failure := _build.failure(part):
+                return f"its build failed (python -m dti_fast.ops._build tries again): {failure}"
+            if not build:
+                return "not built (python -m dti_fast.ops._build)"
+            _build.build(part)
     except _build.BuildError as error:
         return str(error)
     return None

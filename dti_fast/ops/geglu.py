@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from dti_fast.ops._dispatch import Operator, describe, library
+from dti_fast.ops._dispatch import FLOATS, Operator, describe
 from dti_fast.reference import geglu as reference
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(projected, approximate) -> None:
-    if projected.dim() == 0 or projected.shape[-1] % 2 or projected.dtype not in _FLOATS:
-        raise RuntimeError(f"projected must be float32, bfloat16 or float16 [..., 2F], got {describe(projected)}")
+    if projected.dim() == 0 or projected.shape[-1] % 2 or projected.dtype not in FLOATS:
+        raise RuntimeError(
+            f"projected must be float32, bfloat16, float16 or float64 [..., 2F], got {describe(projected)}"
+        )
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"approximate must be 'none' or 'tanh', got {approximate!r}")
 
@@ -19,7 +19,7 @@ def _check(projected, approximate) -> None:
 def _check_backward(grad, projected, approximate) -> None:
     _check(projected, approximate)
     shape = (*projected.shape[:-1], projected.shape[-1] // 2)
-    if grad.shape != shape or grad.dtype not in _FLOATS or grad.device != projected.device:
+    if grad.shape != shape or grad.dtype not in FLOATS or grad.device != projected.device:
         raise RuntimeError(f"grad must be float {list(shape)} on {projected.device}, got {describe(grad)}")
 
 
@@ -47,6 +47,9 @@ Operator(
     output=_output,
     reference=reference.geglu,
     fused=("triton",),
+    save=_save,
+    backward=_backward,
+    keeps="GEGLU projection",
 )
 Operator(
     "geglu_backward(Tensor grad, Tensor projected, str approximate) -> Tensor",
@@ -56,17 +59,16 @@ Operator(
     reference=reference.geglu_backward,
     fused=("triton",),
 )
-torch.library.register_autograd("dti_fast::geglu", _backward, setup_context=_save, lib=library)
 
 
 def geglu(projected: Tensor, approximate: str = "none") -> Tensor:
-    """`hidden * gelu(gate)`, where `hidden, gate = projected.chunk(2, -1)`; arithmetic in float32.
+    """`hidden * gelu(gate)`, where `hidden, gate = projected.chunk(2, -1)`; arithmetic at least in float32.
 
     Autograd keeps `projected` and nothing else, where plain PyTorch keeps the gelu's output too; the backward
     computes it again in the pass that it needs anyway.
 
     Args:
-        projected: float32, bfloat16 or float16 `[..., 2F]`; gets a gradient.
+        projected: float32, bfloat16, float16 or float64 `[..., 2F]`; gets a gradient.
         approximate: "none" for the error function, "tanh" for the approximation, as in `torch.nn.functional.gelu`.
 
     Returns:

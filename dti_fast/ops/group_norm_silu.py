@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from dti_fast.ops._dispatch import Operator, describe, library
+from dti_fast.ops._dispatch import FLOATS, Operator, computed_in, describe
 from dti_fast.reference import group_norm_silu as reference
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(x, num_groups, weight, bias, eps, silu) -> None:
@@ -17,27 +15,29 @@ def _check(x, num_groups, weight, bias, eps, silu) -> None:
 
 def _check_backward(grad, x, mean, rstd, weight, bias, silu) -> None:
     _check_input(x, weight, bias)
-    if grad.shape != x.shape or grad.dtype not in _FLOATS or grad.device != x.device:
+    if grad.shape != x.shape or grad.dtype not in FLOATS or grad.device != x.device:
         raise RuntimeError(f"grad must be float {list(x.shape)} on {x.device}, got {describe(grad)}")
     for name, tensor in (("mean", mean), ("rstd", rstd)):
         right = tensor.dim() == 2 and tensor.shape == mean.shape and tensor.shape[0] == x.shape[0]
         right = right and tensor.shape[1] > 0 and x.shape[1] % tensor.shape[1] == 0
-        if not right or tensor.dtype != torch.float32 or tensor.device != x.device:
-            raise RuntimeError(f"{name} must be float32 [{x.shape[0]}, G] on {x.device}, got {describe(tensor)}")
+        if not right or tensor.dtype != computed_in(x) or tensor.device != x.device:
+            raise RuntimeError(
+                f"{name} must be at least float32 [{x.shape[0]}, G] on {x.device}, got {describe(tensor)}"
+            )
 
 
 def _check_input(x, weight, bias) -> None:
-    if x.dim() < 2 or x.shape[1:].numel() == 0 or x.dtype not in _FLOATS:
-        raise RuntimeError(f"x must be float32, bfloat16 or float16 [N, C, *], got {describe(x)}")
+    if x.dim() < 2 or x.shape[1:].numel() == 0 or x.dtype not in FLOATS:
+        raise RuntimeError(f"x must be float32, bfloat16, float16 or float64 [N, C, *], got {describe(x)}")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.shape != x.shape[1:2] or tensor.dtype not in _FLOATS or tensor.device != x.device:
+        if tensor.shape != x.shape[1:2] or tensor.dtype not in FLOATS or tensor.device != x.device:
             raise RuntimeError(f"{name} must be float [{x.shape[1]}] on {x.device}, got {describe(tensor)}")
 
 
 def _output(x, num_groups, weight, bias, eps, silu) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((x.shape[0], num_groups), dtype=computed_in(x)) for _ in range(2))
     return torch.empty_like(x, memory_format=reference.memory_format(x)), mean, rstd
 
 
@@ -69,6 +69,9 @@ Operator(
     output=_output,
     reference=reference.group_norm_silu,
     fused=("triton",),
+    save=_save,
+    backward=_backward,
+    keeps="GroupNorm input",
 )
 Operator(
     "group_norm_silu_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, "
@@ -79,7 +82,6 @@ Operator(
     reference=reference.group_norm_silu_backward,
     fused=("triton",),
 )
-torch.library.register_autograd("dti_fast::group_norm_silu", _backward, setup_context=_save, lib=library)
 
 
 def group_norm_silu(
@@ -90,14 +92,14 @@ def group_norm_silu(
     eps: float = 1e-5,
     silu: bool = True,
 ) -> Tensor:
-    """Group normalisation and, if `silu`, `z * sigmoid(z)` behind it, with statistics and arithmetic in float32.
+    """Group normalisation and, if `silu`, `z * sigmoid(z)` behind it, all computed at least in float32.
 
     `z = (x - mean) / sqrt(variance + eps) * weight + bias` with the mean and variance of the `C / num_groups` channels
-    of a group at every position.  Autograd keeps x, the mean and the inverse deviation of each group in float32, and
-    the frozen weight and bias, which exist anyway; plain PyTorch keeps z too, which the backward here computes again.
+    of a group at every position.  Autograd keeps x, the mean and the inverse deviation of each group, and the frozen
+    weight and bias, which exist anyway; plain PyTorch keeps z too, which the backward here computes again.
 
     Args:
-        x: float32, bfloat16 or float16 `[N, C, *]`, contiguous or channels last; gets a gradient.
+        x: float32, bfloat16, float16 or float64 `[N, C, *]`, contiguous or channels last; gets a gradient.
         num_groups: divides C.
         weight: `[C]` in any of these dtypes, or None for ones; frozen.
         bias: `[C]` in any of these dtypes, or None for zeros; frozen.

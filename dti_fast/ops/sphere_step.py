@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from dti_fast.ops._dispatch import Operator, describe
+from dti_fast.ops._dispatch import FLOATS, Operator, describe
 from dti_fast.reference.sphere_step import sphere_step
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # Plain comparisons: torch._check with its closures takes longer than the whole step of a few rows.
@@ -15,7 +13,7 @@ def _check(p, grad, mu, second_moment, step, lr, *, kappa, beta, eps, grad_scale
     if len(shape) != 2 or p.dtype != torch.float32:
         raise RuntimeError(f"p must be float32 [K, D], got {describe(p)}")
     for name, tensor in (("grad", grad), ("mu", mu)):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype not in _FLOATS or tensor.device != device):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype not in FLOATS or tensor.device != device):
             raise RuntimeError(f"{name} must be a float tensor like p, {describe(p)}, got {describe(tensor)}")
     if second_moment is not None and (
         second_moment.shape != (shape[0], 1) or second_moment.dtype != torch.float32 or second_moment.device != device
@@ -48,13 +46,18 @@ Operator(
 )
 
 
+def _number(value: Tensor | float, p: Tensor) -> Tensor:
+    """In float32; one of the host's also on p's device, where a tensor has to be already."""
+    return value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=p.device)
+
+
 def sphere_step_(
     p: Tensor,
     grad: Tensor,
     mu: Tensor | None,
     second_moment: Tensor | None,
-    step: Tensor,
-    lr: Tensor,
+    step: Tensor | float,
+    lr: Tensor | float,
     *,
     kappa: float,
     beta: float,
@@ -68,11 +71,12 @@ def sphere_step_(
 
     Args:
         p: float32 `[K, D]`, unit rows.
-        grad: float32, bfloat16 or float16 `[K, D]`, the loss gradient with respect to `p`; not modified.
+        grad: float32, bfloat16, float16 or float64 `[K, D]`, the loss gradient with respect to `p`; not modified.
         mu: `[K, D]` unit rows in any of these dtypes, the mean directions of the von Mises-Fisher prior, or None.
         second_moment: float32 `[K, 1]`, the running mean of squared row norms, in place; None when `beta` is 0.
-        step: one float32 number, 1 at the first update.
-        lr: one float32 number; at `beta` 0 the tangent of the angle by which every row turns.
+        step: one number, 1 at the first update.  This and `lr` are tensors of any dtype on p's device, as a CUDA graph
+            needs them, or numbers of the host's, which a replay would not change.
+        lr: one number; at `beta` 0 the tangent of the angle by which every row turns.
         kappa: concentration of the prior; enters before projection and normalisation.
         beta: decay of `second_moment`.
         eps: added to the gradient's norm.
@@ -84,6 +88,6 @@ def sphere_step_(
     """
     with torch.no_grad():
         torch.ops.dti_fast.sphere_step_(
-            p, grad, mu, second_moment, step, lr,
+            p, grad, mu, second_moment, _number(step, p), _number(lr, p),
             kappa=kappa, beta=beta, eps=eps, grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip

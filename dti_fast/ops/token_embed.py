@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from dti_fast.ops._dispatch import Operator, describe, library
+from dti_fast.ops._dispatch import FLOATS, Operator, describe
 from dti_fast.reference import token_embed as reference
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(ids, vocabulary, directions, magnitudes, first_id) -> None:
-    if vocabulary.dim() != 2 or vocabulary.shape[0] == 0 or vocabulary.dtype not in _FLOATS:
-        raise RuntimeError(f"vocabulary must be float32, bfloat16 or float16 [V, D], got {describe(vocabulary)}")
+    if vocabulary.dim() != 2 or vocabulary.shape[0] == 0 or vocabulary.dtype not in FLOATS:
+        raise RuntimeError(
+            f"vocabulary must be float32, bfloat16, float16 or float64 [V, D], got {describe(vocabulary)}"
+        )
     count, dim, device = magnitudes.shape[0], vocabulary.shape[1], vocabulary.device
     if directions.shape != (count, dim) or directions.dtype != torch.float32 or directions.device != device:
         raise RuntimeError(f"directions must be float32 [{count}, {dim}] on {device}, got {describe(directions)}")
@@ -19,14 +19,16 @@ def _check(ids, vocabulary, directions, magnitudes, first_id) -> None:
 
 
 def _check_backward(grad, ids, magnitudes, first_id) -> None:
-    if grad.shape[:-1] != ids.shape or grad.dtype not in _FLOATS:
-        raise RuntimeError(f"grad must be float32, bfloat16 or float16 {[*ids.shape, 'D']}, got {describe(grad)}")
+    if grad.shape[:-1] != ids.shape or grad.dtype not in FLOATS:
+        raise RuntimeError(
+            f"grad must be float32, bfloat16, float16 or float64 {[*ids.shape, 'D']}, got {describe(grad)}"
+        )
     _check_slots(ids, magnitudes, grad.device)
 
 
 def _check_slots(ids, magnitudes, device) -> None:
     if ids.dtype != torch.int64 or ids.device != device:
-        raise RuntimeError(f"ids must be int64 on {device}, got {describe(ids)}")
+        raise RuntimeError(f"ids must be int64 or int32 on {device}, got {describe(ids)}")
     count = magnitudes.shape[0]
     if magnitudes.shape != (count, 1) or count == 0 or magnitudes.dtype != torch.float32 or magnitudes.device != device:
         raise RuntimeError(f"magnitudes must be float32 [K, 1] on {device}, got {describe(magnitudes)}")
@@ -57,6 +59,8 @@ Operator(
     check=_check,
     output=_output,
     reference=reference.token_embed,
+    save=_save,
+    backward=_backward,
 )
 Operator(
     "token_embed_backward(Tensor grad, Tensor ids, Tensor magnitudes, int first_id) -> Tensor",
@@ -65,15 +69,14 @@ Operator(
     output=_output_backward,
     reference=reference.token_embed_backward,
 )
-torch.library.register_autograd("dti_fast::token_embed", _backward, setup_context=_save, lib=library)
 
 
 def token_embed(ids: Tensor, vocabulary: Tensor, directions: Tensor, magnitudes: Tensor, first_id: int) -> Tensor:
     """Input embeddings of prompts that mix frozen words with learned directions; nothing waits for the device.
 
     Args:
-        ids: int64 `[...]`, usually `[B, S]`.
-        vocabulary: float32, bfloat16 or float16 `[V, D]`; frozen, never copied, gets no gradient.
+        ids: int64 or int32 `[...]`, usually `[B, S]`.
+        vocabulary: float32, bfloat16, float16 or float64 `[V, D]`; frozen, never copied, gets no gradient.
         directions: float32 `[K, D]`; the one input with a gradient, float32 `[K, D]`, summed over the
             positions in a fixed order, so that it repeats bit for bit.
         magnitudes: float32 `[K, 1]`; frozen.
@@ -87,4 +90,5 @@ def token_embed(ids: Tensor, vocabulary: Tensor, directions: Tensor, magnitudes:
     Raises:
         RuntimeError: for a shape or dtype other than these.
     """
+    ids = ids.long() if ids.dtype == torch.int32 else ids
     return torch.ops.dti_fast.token_embed(ids, vocabulary, directions, magnitudes, first_id)

@@ -1,6 +1,6 @@
 """What does a picture of the pocket world show?  A small network that names every part of the scene.
 
-It was trained on renderings alone (`python -m dti_fast.pocket.build_recogniser`), never on what a text-to-image model
+It was trained on renderings alone (`python -m tools.pocket.build_recogniser`), never on what a text-to-image model
 draws, and it is told nothing about what a picture should show.  Its own errors stand in docs/pocket.md.
 """
 
@@ -50,8 +50,9 @@ def labels(scene: Scene) -> list[int]:
 def credit(field: str, value) -> np.ndarray:
     """How right each class of a part or feature is if `value` is the truth, float64 in [0, 1].
 
-    Of hue (a circle) and lightness, a bin counts in full up to half a bin from its centre and not at all from one and
-    a half on, so that nothing hangs on which side of a border a colour lies.
+    Hue, which is a circle, and lightness are divided into bins.  A bin counts in full if the true value lies within
+    half a bin of its centre, not at all from one and a half bins on, and in part between.  So a colour near the border
+    of two bins is right in both.
     """
     if field not in ("hue", "lightness"):
         return np.eye(len((PARTS | FEATURES)[field]))[label(field, value)]

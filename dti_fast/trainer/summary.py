@@ -103,7 +103,7 @@ def _warn(config: Settings, device: torch.device, weights: int, pictures: list[P
     ]
     if small:
         found.append(
-            f"enlarged to {side} pixels, which blurs them: {_some(small)}; larger pictures or a smaller --resolution would not be"
+            f"enlarged to {side} pixels, which blurs them: {_some(small)}; a smaller --resolution would suit them"
         )
     if config.lr_warmup_steps >= config.max_train_steps:
         found.append(

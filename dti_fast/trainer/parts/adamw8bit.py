@@ -66,9 +66,9 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
 
 def state_bytes(optimizer: AdamW8bit) -> tuple[int, int, int]:
-    """Bytes of the optimizer's state: of its 8-bit moments, of everything, and of torch's float32 AdamW instead.
+    """Bytes of the optimizer's state: its 8-bit moments; all of it; and what torch's float32 AdamW would take.
 
-    Everything counts the blocks' scales, and once the two tables of 256 numbers that all parameters share.
+    "All of it" includes the blocks' scales, and the two tables of 256 numbers, which all parameters share, once.
     """
     eight_bit, tables, rest, plain = 0, {}, 0, 0
     for p, state in optimizer.state.items():

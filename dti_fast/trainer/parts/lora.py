@@ -57,8 +57,7 @@ class Lora:
         for name, module in list(self.denoiser.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 self.denoiser.set_submodule(name, module.get_base_layer())
-        del self.denoiser.peft_config
-        self.denoiser._hf_peft_config_loaded = False
+        del self.denoiser.peft_config, self.denoiser._hf_peft_config_loaded
 
     @contextmanager
     def base_model(self) -> Iterator[None]:

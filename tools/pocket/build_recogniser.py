@@ -1,4 +1,4 @@
-"""Train the recogniser of the pocket world: `python -m dti_fast.pocket.build_recogniser --work DIR`, some ten minutes.
+"""Train the recogniser of the pocket world: `python -m tools.pocket.build_recogniser --work DIR`, some ten minutes.
 
 Pictures are renderings; a part of them went through the model's autoencoder, with some noise on the latents, so that
 softness and small flaws are no surprise to it.
@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from dti_fast.backbones.pocket import Pocket
 from dti_fast.pocket import world
 from dti_fast.pocket.recognise import WEIGHTS, Recogniser, labels
 
 SEED = 11
 BATCH = 128
 DECODED_SHARE = 0.12
-MODEL = Path(__file__).parent / "model"
+MODEL = Pocket.folder
 
 
 def draw_scene(rng: random.Random) -> world.Scene:

@@ -1,4 +1,4 @@
-"""Train the pocket model from nothing: `python -m dti_fast.pocket.build --work DIR`.
+"""Train the pocket model from nothing: `python -m tools.pocket.build --work DIR`.
 
 Four stages, each resumable: pictures of the world, an AutoencoderKL, latents, then the text encoder
 and UNet together (v-prediction, classifier-free guidance).  Every draw of step k comes from a
