@@ -1,6 +1,7 @@
 """Pictures of prompts, laid out and saved."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from dti_fast.devices import pick_device, pick_precision
 from dti_fast.errors import UserError
 from dti_fast.files import replacing
 from dti_fast.limits import check_limits
+from dti_fast.progress import phase, track
 
 
 def draw(backbone: Backbone, prompt: str, count: int, seed: int, **settings) -> list[Image.Image]:
@@ -82,12 +84,18 @@ class DrawSettings:
         """The model to draw with, for concepts with the `metadata` of their files."""
         model, prediction_type = pick_model(self.pretrained_model_name_or_path, self.prediction_type, metadata)
         device = pick_device(self.device)
-        return load_backbone(model, pick_precision("auto", device), device, prediction_type=prediction_type)
+        with phase("loading the model"):
+            return load_backbone(model, pick_precision("auto", device), device, prediction_type=prediction_type)
 
-    def draw(self, backbone: Backbone, prompt: str, count: int) -> list[Image.Image]:
-        """`count` pictures of `prompt`."""
+    def draw(self, backbone: Backbone, prompts: Sequence[str], count: int) -> list[list[Image.Image]]:
+        """`count` pictures for each prompt, with word on the progress."""
         steps, guidance = self.num_inference_steps, self.guidance_scale
-        return draw(backbone, prompt, count, self.seed, steps=steps, guidance_scale=guidance)
+        tasks = [(prompt, self.seed + i) for prompt in prompts for i in range(count)]
+        drawn = [
+            draw(backbone, prompt, 1, seed, steps=steps, guidance_scale=guidance)[0]
+            for prompt, seed in track(tasks, "drawing")
+        ]
+        return [drawn[start : start + count] for start in range(0, len(drawn), count)]
 
 
 def check_picture_path(path: Path) -> None:

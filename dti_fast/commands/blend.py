@@ -74,7 +74,8 @@ def blend(
         for text in prompts:
             if "{}" not in text:
                 warnings.warn(f"the prompt {text!r} has no {{}} for the concept", stacklevel=2)
-            columns = [settings.draw(backbone, text.replace("{}", name), settings.num_images or 1) for name in names]
+            named = [text.replace("{}", name) for name in names]
+            columns = settings.draw(backbone, named, settings.num_images or 1)
             for i, row in enumerate(zip(*columns, strict=True)):
                 rows.append((f"{text}, seed {settings.seed + i}: {_name(a)} to {_name(b)}", list(row)))
         save_picture(grid(rows, cell=None), output)

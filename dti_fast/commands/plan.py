@@ -12,6 +12,7 @@ from dti_fast.limits import check_limits
 from dti_fast.memory.budget import free_memory
 from dti_fast.memory.estimator import DTYPES, Estimator, micro_batches, precisions
 from dti_fast.memory.plan import GIB, MARGIN, Plan
+from dti_fast.progress import phase
 
 WIDTH = 130  # columns of the table where there is no terminal
 
@@ -62,7 +63,7 @@ def plan(
     if not console.is_terminal:
         console.width = WIDTH
     pick = failure = None
-    with console.status("counting"):
+    with phase("counting"):
         try:
             pick = estimator.choose(precisions("auto", dtype), room)
         except UserError as error:

@@ -14,6 +14,7 @@ from dti_fast.evaluate.concepts import Concept, EvaluateConfig, read_concepts
 from dti_fast.evaluate.statistics import bootstrap
 from dti_fast.limits import check_limits
 from dti_fast.pocket import bench
+from dti_fast.progress import track
 from dti_fast.trainer.output import check_output
 
 
@@ -75,7 +76,7 @@ def _measure_on_pocket(concepts: Sequence[Concept]) -> tuple[dict, list]:
     """As `protocol.measure`, by pocket-bench."""
     pipeline = load_backbone(Pocket.name, torch.float32, torch.device("cpu")).pipeline
     results, rows = {}, []
-    for concept in concepts:
+    for concept in track(concepts, "measuring"):
         results[concept.name], drawn = bench.measure(pipeline, concept.pictures, concept.folder, concept.vectors[0])
         rows += [(f"{concept.name}, {name}", pictures) for name, pictures in drawn.items()]
     return results, rows
