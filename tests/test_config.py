@@ -81,10 +81,10 @@ def test_a_precision_that_was_picked_comes_back(tiny_pipelines, pictures, read_b
 def test_settings_by_which_checkpoints_are_told_apart():
     """As the first checkpoints have them: another name here, and no earlier run could be resumed."""
     names = """adam_weight_decay base_precision beta dco_beta deterministic gradient_accumulation_steps
-    initializer_token kappa kappa_mode learnable_property learning_rate lora_alpha lora_learning_rate lora_rank lora_start_step
-    lr_scheduler lr_warmup_steps magnitude magnitude_learning_rate magnitude_prior max_train_steps method
-    mixed_precision num_vectors optimizer placeholder_token pooling prediction_type reg_lambda resolution scale_lr seed
-    train_batch_size train_magnitude"""
+    initializer_token kappa kappa_mode learnable_property learning_rate lora_alpha lora_learning_rate
+    lora_rank lora_start_step lr_scheduler lr_warmup_steps magnitude magnitude_learning_rate
+    magnitude_prior max_train_steps method mixed_precision num_vectors optimizer placeholder_token
+    pooling prediction_type reg_lambda resolution scale_lr seed train_batch_size train_magnitude"""
     assert sorted(TrainConfig().resolved().trajectory()) == names.split()
     constant = TrainConfig(lr_scheduler="constant").resolved().trajectory()
     assert sorted([*constant, "max_train_steps"]) == names.split()
@@ -127,12 +127,13 @@ def test_a_value_that_is_no_choice_is_refused_with_its_file(tmp_path):
     refused(command("train", "--config", tmp_path / "c.toml"), "c.toml")
 
 
-def test_help_begins_with_what_everybody_sets_and_ends_with_the_ablations():
+def test_help_begins_with_what_everybody_sets_and_ends_with_the_ablations(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     shown = command("train", "--help").stdout
     groups = re.findall(r"^╭─ ([^─]+) ─", shown, re.MULTILINE)
     assert groups[0] == "Essentials"
     assert groups[-2:] == ["Ablations and the methods to compare with", "Settings from a file"]
-    essentials = re.findall(r"^│ +--(\w+)", shown.split("╰")[0], re.MULTILINE)
+    essentials = re.findall(r"^│ --(\w+) [A-Z]", shown.split("╰")[0], re.MULTILINE)
     assert essentials == [
         "pretrained_model_name_or_path", "train_data_dir", "placeholder_token", "initializer_token", "resolution",
         "max_train_steps", "output_dir", "vram", "resume_from_checkpoint",
@@ -188,11 +189,12 @@ def test_every_command_says_the_same_of_a_number(arguments):
 
 # Of diffusers' textual_inversion.py and textual_inversion_sdxl.py.
 DIFFUSERS = """save_steps save_as_full_pipeline num_vectors pretrained_model_name_or_path revision variant
-tokenizer_name train_data_dir placeholder_token initializer_token learnable_property repeats output_dir seed resolution center_crop
-train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate
-scale_lr lr_scheduler lr_warmup_steps lr_num_cycles dataloader_num_workers use_8bit_adam adam_beta1 adam_beta2
-adam_weight_decay adam_epsilon push_to_hub hub_token hub_model_id logging_dir mixed_precision allow_tf32 report_to
-validation_prompt num_validation_images validation_steps validation_epochs local_rank checkpointing_steps
+tokenizer_name train_data_dir placeholder_token initializer_token learnable_property repeats output_dir
+seed resolution center_crop train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps
+gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles
+dataloader_num_workers use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon push_to_hub
+hub_token hub_model_id logging_dir mixed_precision allow_tf32 report_to validation_prompt
+num_validation_images validation_steps validation_epochs local_rank checkpointing_steps
 checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
 no_safe_serialization"""
 
