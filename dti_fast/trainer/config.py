@@ -230,7 +230,13 @@ class TrainConfig:
         if initializer is None and model == Pocket.name:
             return Pocket.initializer
         if initializer is None or not initializer.strip() or initializer == placeholder:
-            wrong = "missing" if initializer is None else "the new word itself" if initializer.strip() else "empty"
+            wrong = (
+                "missing"
+                if initializer is None
+                else "the same as --placeholder_token"
+                if initializer.strip()
+                else "empty"
+            )
             raise UserError(
                 f"--initializer_token is {wrong}: name what the pictures show, such as --initializer_token dog"
             )
