@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dti_fast"
 # From the bottom to the top: a layer imports from those before it and from itself.
 LAYERS = (
-    "errors", "version", "reference", "kernels", "ops", "sphere", "optim", "tokens", "files", "frozen", "formats",
+    "errors", "limits", "reference", "kernels", "ops", "sphere", "optim", "tokens", "files", "frozen", "formats",
     "pipelines", "blend", "devices", "quiet", "progress", "backbones", "data", "loss", "memory", "drawing", "trainer",
     "session", "pocket", "evaluate", "commands", "cli",
 )  # fmt: skip
