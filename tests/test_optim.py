@@ -219,7 +219,8 @@ def test_rows_that_peft_froze_are_told_and_rows_put_into_a_wrapped_encoder_learn
         optimizer = SphericalSGD([concept.rows], lr=0.04)
         wrapped = encoder if first else wrap(encoder)
         before = concept.rows.detach().clone()
-        wrapped(input_ids=tokenizer("a <x>", return_tensors="pt").input_ids).last_hidden_state[0, 2].sum().backward()
+        hidden = wrapped(input_ids=tokenizer("a <x>", return_tensors="pt").input_ids).last_hidden_state
+        (hidden * torch.arange(32)).sum().backward()
         if first:
             optimizer.step()
         else:
