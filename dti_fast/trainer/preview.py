@@ -10,12 +10,12 @@ from dti_fast.backbones.base import decode_in_tiles
 from dti_fast.data.folder import Picture
 from dti_fast.drawing import grid, save_picture
 from dti_fast.memory.budget import Budget
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings
 
 STEPS = 25  # of denoising
 
 
-def save_preview(config: TrainConfig, backbone: Backbone, pictures: list[Picture], path: Path, budget: Budget) -> None:
+def save_preview(config: Settings, backbone: Backbone, pictures: list[Picture], path: Path, budget: Budget) -> None:
     """The training pictures, then a row of generated ones for every prompt, the init word's first.
 
     The pictures are drawn in batches, as many at once as the `budget` has room for.
