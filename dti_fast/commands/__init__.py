@@ -38,6 +38,7 @@ def make_app() -> "App":
         version=__version__,
         help_format="markdown",  # plain text keeps the line breaks of the source
         help="Teach a text-to-image model a new concept as a direction.",
+        suppress_keyboard_interrupt=False,  # which would lose the number of the signal
         # Names as in Python; dashes for underscores are taken too.
         default_parameter=Parameter(negative="", name_transform=str, show_default=_default),
     )
