@@ -1,6 +1,5 @@
 """The command line, `dti_fast.commands`, with bad input as one line and exit code 2."""
 
-import logging
 import os
 import sys
 import warnings
@@ -12,7 +11,7 @@ REQUIRED = {name: name for name in ("cyclopts", "rich", "numpy", "diffusers", "t
 
 
 def main() -> None:
-    """Entry point; bad input is one line on stderr and exit code 2."""
+    """Entry point; bad input is one line on stderr and exit code 2, a signal ends with 128 and its number."""
     missing = [package for module, package in REQUIRED.items() if find_spec(module) is None]
     if missing and sys.argv[1:] == ["doctor"]:
         from dti_fast.commands.doctor import doctor
@@ -22,26 +21,33 @@ def main() -> None:
         _fail(f"{', '.join(missing)} missing: install the training packages with  pip install 'dti-fast[train]'")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers asks huggingface_hub for it
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from cyclopts import CycloptsError
 
-    from dti_fast.commands import make_app
+    from dti_fast.commands import describe, make_app
+    from dti_fast.commands.interruption import interrupt, on_signals
 
-    try:
-        return make_app().meta(exit_on_error=False, print_error=False)
-    except (UserError, CycloptsError) as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno is None:  # not the system's word on a file
-            raise
-        message = str(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        try:
+            with on_signals(interrupt):
+                return make_app().meta(exit_on_error=False, print_error=False)
+        except UserError as error:
+            message = str(error)
+        except CycloptsError as error:
+            message = describe(error)
+        except OSError as error:
+            if error.errno is None:  # not the system's word on a file
+                raise
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except KeyboardInterrupt as interruption:
+            sys.exit(128 + getattr(interruption, "number", 2))
     _fail(message)  # here, where the exception no longer holds the model
+
+
+def _warn(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str) -> None:

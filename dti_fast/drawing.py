@@ -1,6 +1,7 @@
 """Pictures of prompts, laid out and saved."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,9 @@ from dti_fast.backbones.load import check_model, load_backbone, model_at_hand
 from dti_fast.backbones.pocket import Pocket
 from dti_fast.devices import pick_device, pick_precision
 from dti_fast.errors import UserError
+from dti_fast.files import replacing
+from dti_fast.limits import check_limits
+from dti_fast.progress import phase, track
 
 
 def draw(backbone: Backbone, prompt: str, count: int, seed: int, **settings) -> list[Image.Image]:
@@ -25,9 +29,8 @@ def draw(backbone: Backbone, prompt: str, count: int, seed: int, **settings) -> 
 
 def save_picture(image: Image.Image, path: Path) -> None:
     """Write a PNG under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def grid(rows: list[tuple[str, list[Image.Image]]], cell: int | None = 128, gap: int = 6) -> Image.Image:
@@ -75,25 +78,24 @@ class DrawSettings:
 
     def check(self) -> None:
         """Raise a UserError for a setting out of range."""
-        if self.num_images is not None and self.num_images < 1:
-            raise UserError(f"--num_images must be at least 1, got {self.num_images}")
-        check_steps(self.num_inference_steps)
+        check_limits(vars(self))
 
     def load(self, metadata: list[dict]) -> Backbone:
         """The model to draw with, for concepts with the `metadata` of their files."""
         model, prediction_type = pick_model(self.pretrained_model_name_or_path, self.prediction_type, metadata)
         device = pick_device(self.device)
-        return load_backbone(model, pick_precision("auto", device), device, prediction_type=prediction_type)
+        with phase("loading the model"):
+            return load_backbone(model, pick_precision("auto", device), device, prediction_type=prediction_type)
 
-    def draw(self, backbone: Backbone, prompt: str, count: int) -> list[Image.Image]:
-        """`count` pictures of `prompt`."""
+    def draw(self, backbone: Backbone, prompts: Sequence[str], count: int) -> list[list[Image.Image]]:
+        """`count` pictures for each prompt, with word on the progress."""
         steps, guidance = self.num_inference_steps, self.guidance_scale
-        return draw(backbone, prompt, count, self.seed, steps=steps, guidance_scale=guidance)
-
-
-def check_steps(num_inference_steps: int) -> None:
-    if not 1 <= num_inference_steps <= 1000:  # all models here were trained with 1000
-        raise UserError(f"--num_inference_steps must lie between 1 and 1000, got {num_inference_steps}")
+        tasks = [(prompt, self.seed + i) for prompt in prompts for i in range(count)]
+        drawn = [
+            draw(backbone, prompt, 1, seed, steps=steps, guidance_scale=guidance)[0]
+            for prompt, seed in track(tasks, "drawing")
+        ]
+        return [drawn[start : start + count] for start in range(0, len(drawn), count)]
 
 
 def check_picture_path(path: Path) -> None:

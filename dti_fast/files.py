@@ -1,9 +1,11 @@
 """Files: written under a temporary name and renamed, read with a clear error."""
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dti_fast.errors import UserError
+
+TEMPORARY = ".tmp"
 
 
 def hash_tensors(tensors: Iterable[Tensor]) -> str:
@@ -22,6 +26,33 @@ def hash_tensors(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed to `path` afterwards, or deleted if the block raises.
+
+    Raises:
+        OSError: that names `path`, if it cannot be written.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or f"cannot be written ({error})", str(path)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what writers that were killed left half-written in `folder`."""
+    for suffix in (".safetensors", ".toml", ".jsonl", ".json", ".md", ".png"):
+        for path in folder.glob(f"*{suffix}{TEMPORARY}"):
+            path.unlink(missing_ok=True)
+
+
 def write_text(text: str, path: Path) -> None:
     """Write UTF-8 under a temporary name, then rename it; UserError if the text holds a file's name that is no text."""
     try:
@@ -29,9 +60,8 @@ def write_text(text: str, path: Path) -> None:
     except UnicodeEncodeError as error:
         line = text[: error.start].rpartition("\n")[2] + text[error.start :].partition("\n")[0]
         raise UserError(f"{path.name} cannot hold {line!r}, which is not UTF-8: rename that file or folder") from None
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
@@ -40,13 +70,12 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None 
     Equal contents give equal bytes.
     """
     header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode  # that of any new file: safetensors would make it readable by its owner alone
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
-    _sort_header(temporary)
-    temporary.chmod(mode)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # that of any new file: safetensors would make it readable by its owner alone
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
+        _sort_header(temporary)
+        temporary.chmod(mode)
 
 
 def _sort_header(path: Path) -> None:

@@ -22,7 +22,7 @@ from dti_fast.memory.estimator import Estimator, precisions
 from dti_fast.memory.plan import GIB, MODES
 from dti_fast.pipelines import lora_of
 from dti_fast.tokens import TokenEmbedding
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings, TrainConfig
 from dti_fast.trainer.loggers import Logger, Loggers, make_logger
 from dti_fast.trainer.run import Cancel, Job, Result, prepare, run
 
@@ -197,8 +197,8 @@ class Session:
         return self._loaded[0]
 
 
-def estimator_of(config: TrainConfig, dtype) -> Estimator:
-    """What counts the run of a resolved configuration."""
+def estimator_of(config: Settings, dtype) -> Estimator:
+    """What counts the run."""
 
     def extend(backbone: Backbone, embeddings: list[TokenEmbedding]) -> Consistency | None:
         from dti_fast.trainer.parts.ancillary import Ancillary

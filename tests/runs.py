@@ -53,10 +53,10 @@ def command(*arguments) -> subprocess.CompletedProcess:
 def refused(run, message, out=None):
     """Assert that a run of the command line ended with one clear line and exit code 2, and left no `out`."""
     assert run.returncode == 2, run.stderr
-    lines = [line for line in run.stderr.splitlines() if line and not line.startswith("warning:")]
-    assert len(lines) == 1, run.stderr
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
+    lines = run.stderr.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], run.stderr
+    assert message in lines[-1]
+    assert "Traceback" not in run.stderr
     assert out is None or not out.exists()
 
 

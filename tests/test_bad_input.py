@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from runs import dti_fast, refused, train_arguments, write_pictures
+import torch
+from runs import command, refused, train_arguments, write_pictures
+
+from dti_fast.trainer import step
 
 
 @pytest.mark.parametrize(
@@ -17,7 +20,7 @@ from runs import dti_fast, refused, train_arguments, write_pictures
         ({"placeholder_token": "two words"}, "must be one word"),
         ({"max_train_steps": 0}, "--max_train_steps must be at least 1"),
         ({"kappa": -1}, "--kappa must not be negative"),
-        ({"kappa": "nan"}, "--kappa must not be negative"),
+        ({"kappa": "nan"}, "--kappa must be a finite number"),
         ({"learning_rate": "inf"}, "--learning_rate must be a finite number"),
         ({"num_vectors": 0}, "--num_vectors must be at least 1"),
         ({"seed": 5000000000}, "--seed must lie in"),
@@ -26,33 +29,25 @@ from runs import dti_fast, refused, train_arguments, write_pictures
         ({"learning_rate": "fast"}, 'unable to convert "fast"'),
         ({"lr_scheduler": "linear"}, "cosine"),
         ({"base_precision": "int4"}, "nf4"),
-        ({"base_precision": "fp16", "mixed_precision": "bf16"}, "contradicts --mixed_precision bf16"),
+        ({"base_precision": "fp16"}, "nf4"),
         ({"quantised_cache": "cache"}, "is for --base_precision int8 or nf4"),
         ({"base_precision": "nf4", "quantised_cache": "/proc/version/cache"}, "cannot be written"),
         ({"gradient_checkpointing": True, "recompute": "geglu"}, "it contradicts --recompute geglu"),
         ({"attention": "xformers"}, "use --attention sdpa"),
-        ({"learning_rat": 1}, "Did you mean --learning-rate"),
+        ({"learning_rat": 1}, "did you mean --learning_rate?"),
+        ({"initializer_token": "<toy>"}, "--initializer_token is the same as --placeholder_token"),
         ({"output_dir": "/proc/version/out"}, "cannot be written"),
     ],
 )
 def test_settings(tiny_pipelines, pictures, tmp_path, settings, message):
     arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out", **settings)
-    refused(dti_fast(*arguments), message, tmp_path / "out")
+    refused(command(*arguments), message, tmp_path / "out")
 
 
 def test_missing_settings(tiny_pipelines, pictures):
     model = tiny_pipelines["sd15"]
-    refused(dti_fast("train", "--pretrained_model_name_or_path", model), "--train_data_dir is missing")
-    refused(dti_fast("train", "--train_data_dir", pictures), "--initializer_token is missing")
-
-
-def test_config_file(pictures, tmp_path):
-    config = tmp_path / "run.toml"
-    config.write_text("max_train_step = 3\n")
-    refused(dti_fast("train", "--config", config), "max_train_step")
-    config.write_text("max_train_steps = \n")
-    refused(dti_fast("train", "--config", config), "Invalid value (at line 1")
-    refused(dti_fast("train", "--config", tmp_path / "missing.toml"), "does not exist")
+    refused(command("train", "--pretrained_model_name_or_path", model), "--train_data_dir is missing")
+    refused(command("train", "--train_data_dir", pictures), "--initializer_token is missing")
 
 
 def test_pictures(tiny_pipelines, tmp_path):
@@ -60,12 +55,12 @@ def test_pictures(tiny_pipelines, tmp_path):
     folder.mkdir()
     (folder / ".hidden.png").write_bytes(b"x")
     arguments = train_arguments(tiny_pipelines["sd15"], folder, out, max_train_steps=2)
-    refused(dti_fast(*arguments), "holds no pictures", out)
+    refused(command(*arguments), "holds no pictures", out)
     (folder / "zero.png").touch()
     (folder / "corrupt.jpg").write_bytes(b"\xff\xd8\xff broken")
-    refused(dti_fast(*arguments), "broken: corrupt.jpg, zero.png", out)
+    refused(command(*arguments), "broken: corrupt.jpg, zero.png", out)
     write_pictures(folder, 1)
-    run = dti_fast(*arguments)
+    run = command(*arguments)
     assert run.returncode == 0, run.stderr
     assert "warning: skipping zero.png" in run.stderr
     assert "warning: skipping corrupt.jpg" in run.stderr
@@ -75,24 +70,24 @@ def test_captions_without_the_token(tiny_pipelines, tmp_path):
     folder = write_pictures(tmp_path / "pictures", 1)
     (folder / "0.txt").write_text("a dog on grass")
     arguments = train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out")
-    refused(dti_fast(*arguments), "no '<toy>' in 0.txt", tmp_path / "out")
+    refused(command(*arguments), "no '<toy>' in 0.txt", tmp_path / "out")
 
 
 def test_caption_whose_token_is_cut_off(tiny_pipelines, tmp_path):
     folder = write_pictures(tmp_path / "pictures", 1)
     (folder / "0.txt").write_text("dog " * 90 + "{}")
-    run = dti_fast(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out"))
+    run = command(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out"))
     refused(run, "beyond the 77 tokens", tmp_path / "out")
 
 
 def test_placeholder_that_is_a_word(tiny_pipelines, pictures, tmp_path):
-    arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out", placeholder_token="dog")
-    refused(dti_fast(*arguments), "'dog' is a word of this model already", tmp_path / "out")
+    arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out", placeholder_token="cat")
+    refused(command(*arguments), "'cat' is a word of this model already", tmp_path / "out")
 
 
 def test_models(tiny_pipelines, pictures, tmp_path):
     def run(model):
-        return dti_fast(*train_arguments(model, pictures, tmp_path / "out"))
+        return command(*train_arguments(model, pictures, tmp_path / "out"))
 
     folder = tmp_path / "model"
     folder.mkdir()
@@ -110,34 +105,24 @@ def test_models(tiny_pipelines, pictures, tmp_path):
     refused(run("some/model"), "cannot be loaded", tmp_path / "out")
 
 
-def test_nan_stops_and_keeps_the_last_good_state(tiny_pipelines, pictures, tmp_path):
-    poisoned = """
-import torch, dti_fast.trainer.loop as loop
-original, count = loop.diffusion_loss, 0
-def loss(*arguments):
-    global count
-    count += 1
-    return original(*arguments) * (torch.nan if count == 13 else 1)
-loop.diffusion_loss = loss
-from dti_fast.cli import main
-main()
-"""
-    arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out")
-    command = [sys.executable, "-c", poisoned, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_nan_stops_and_keeps_the_last_good_state(tiny_pipelines, pictures, tmp_path, monkeypatch):
+    original, calls = step.diffusion_loss, []
+
+    def loss(*arguments):
+        calls.append(arguments)
+        return original(*arguments) * (torch.nan if len(calls) == 13 else 1)
+
+    monkeypatch.setattr(step, "diffusion_loss", loss)
+    run = command(*train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out"))
     refused(run, "the loss or its gradient was not finite at step 13; the state before it is kept")
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-000012.safetensors"]
     assert not list((tmp_path / "out").glob("learned*"))
 
 
 def test_generate(tiny_pipelines, tmp_path):
-    refused(dti_fast("generate", "--embedding", tmp_path / "none.safetensors", "--prompt", "x"), "there is no file")
+    refused(command("generate", "--embedding", tmp_path / "none.safetensors", "--prompt", "x"), "there is no file")
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 64)
-    refused(
-        dti_fast("generate", "--embedding", tmp_path / "bad.safetensors", "--prompt", "x"), "not a safetensors file"
-    )
-    refused(dti_fast("generate"), "--prompt")
-    refused(dti_fast("trian"), 'Did you mean "train"')
+    refused(command("generate", "--embedding", tmp_path / "bad.safetensors", "--prompt", "x"), "not a safetensors file")
 
 
 def test_without_the_training_packages(tmp_path):

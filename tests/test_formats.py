@@ -73,6 +73,20 @@ def test_sdxl_pooling_after_loading(tiny_pipelines, tmp_path, pooling):
     assert torch.equal(*pooled) == (pooling == "reference")
 
 
+def test_a_pipeline_without_its_first_text_encoder_takes_the_second_vectors(tiny_pipelines, tmp_path):
+    """SDXL's refiner."""
+    vectors = [torch.randn(1, 32), torch.randn(1, 48)]
+    write_embeddings(tmp_path, "<x>", vectors, {"token": "<x>"})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_pipelines["sdxl"])
+    pipeline.text_encoder = pipeline.tokenizer = None
+    load_embedding(pipeline, tmp_path / "x.safetensors")
+    loaded = pipeline.text_encoder_2.get_input_embeddings().weight[pipeline.tokenizer_2.convert_tokens_to_ids("<x>")]
+    assert torch.equal(loaded, vectors[1][0])
+    write_embeddings(tmp_path, "<y>", vectors[:1], {"token": "<y>"})
+    with pytest.raises(UserError, match="another kind of model"):
+        load_embedding(pipeline, tmp_path)
+
+
 def test_foreign_files_are_one_clear_line(tiny_pipelines, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipelines["sd15"])
     write_embeddings(tmp_path, "<x>", [torch.randn(1, 48)], {})

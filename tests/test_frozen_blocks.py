@@ -12,7 +12,6 @@ from diffusers import (
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
-from dti_fast.memory.live_bytes import LiveBytes
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -28,6 +27,7 @@ from transformers import (
 
 from dti_fast import optimize_frozen, restore
 from dti_fast.frozen import left_stock
+from dti_fast.memory.live_bytes import LiveBytes
 
 
 def sana():

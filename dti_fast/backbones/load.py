@@ -21,6 +21,7 @@ from dti_fast.backbones.pocket import Pocket
 from dti_fast.backbones.quantised_cache import cached_file, read_quantised, write_quantised
 from dti_fast.errors import UserError
 from dti_fast.frozen.quantise import PRECISIONS, quantise_frozen
+from dti_fast.quiet import quiet_libraries
 
 ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 BUNDLED = {Pocket.name: Pocket}
@@ -148,6 +149,7 @@ def fetch(source: str, index: Mapping, variant: str | None, parts: Collection[st
     raise failure
 
 
+@quiet_libraries()
 def load_backbone(
     name: str,
     dtype: torch.dtype,
@@ -177,7 +179,6 @@ def load_backbone(
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise UserError(f"a model predicts {' or '.join(PREDICTION_TYPES)}, not {prediction_type!r}")
     quantise = base_precision in PRECISIONS
-    hide_loading_bars()
     source = locate(name)
     single = Path(source).is_file()
     vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -266,17 +267,6 @@ def check_vocabularies(backbone: Backbone, name: str) -> None:
         positions = getattr(text_encoder.config, "max_position_embeddings", None)
         if positions is not None and tokenizer.model_max_length > 1_000_000:
             tokenizer.model_max_length = positions
-
-
-def hide_loading_bars() -> None:
-    """Reading weights takes seconds; only a download deserves a bar."""
-    import diffusers
-    import huggingface_hub
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()
 
 
 def family_of(class_name: str, name: str) -> type[Backbone]:

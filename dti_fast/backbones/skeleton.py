@@ -18,8 +18,10 @@ from dti_fast.backbones.load import (
     index_of,
     locate,
 )  # fmt: skip
+from dti_fast.quiet import quiet_libraries
 
 
+@quiet_libraries()
 def skeleton(name: str, dtype: torch.dtype) -> Backbone:
     """What `load_backbone` gives for `name`, its weights uninitialised; cheap only under `FakeTensorMode`.
 

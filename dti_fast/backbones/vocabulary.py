@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dti_fast.backbones.components import component_names, load_part, reason
 from dti_fast.backbones.configs import config_folder
-from dti_fast.backbones.load import check_model, fetch, hide_loading_bars, identify, index_of, locate
+from dti_fast.backbones.load import check_model, fetch, identify, index_of, locate
 from dti_fast.errors import UserError
+from dti_fast.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Vocabulary:
         return piece.removesuffix("</w>") if piece.endswith("</w>") else f"{piece}…"
 
 
+@quiet_libraries()
 def load_vocabularies(name: str, *, variant: str | None = None) -> list[Vocabulary]:
     """The vocabulary of every text encoder of a diffusers folder, hub id or single file, in the model's order.
 
@@ -57,7 +59,6 @@ def load_vocabularies(name: str, *, variant: str | None = None) -> list[Vocabula
     check_model(name)
     from transformers import CLIPTokenizer
 
-    hide_loading_bars()
     source = locate(name)
     if Path(source).is_file():
         folder = config_folder(identify(Path(source)))

@@ -13,6 +13,7 @@ from dti_fast.blend import check_blendable
 from dti_fast.drawing import DrawSettings, check_picture_path, grid, save_picture
 from dti_fast.errors import UserError
 from dti_fast.formats import check_token, read_embeddings, write_single_file
+from dti_fast.limits import check_limits
 from dti_fast.pipelines import load_vectors
 
 
@@ -49,8 +50,7 @@ def blend(
     settings, prompts = settings or DrawSettings(), prompt or []
     if not prompts and save is None:
         raise UserError("nothing to do: give --prompt for a picture, --save for a file, or both")
-    if steps < 2:
-        raise UserError(f"--steps must be at least 2, got {steps}")
+    check_limits({"steps": steps, "save": save})
     check_token(token, "--token")
     check_picture_path(output)
     settings.check()
@@ -74,7 +74,8 @@ def blend(
         for text in prompts:
             if "{}" not in text:
                 warnings.warn(f"the prompt {text!r} has no {{}} for the concept", stacklevel=2)
-            columns = [settings.draw(backbone, text.replace("{}", name), settings.num_images or 1) for name in names]
+            named = [text.replace("{}", name) for name in names]
+            columns = settings.draw(backbone, named, settings.num_images or 1)
             for i, row in enumerate(zip(*columns, strict=True)):
                 rows.append((f"{text}, seed {settings.seed + i}: {_name(a)} to {_name(b)}", list(row)))
         save_picture(grid(rows, cell=None), output)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dti_fast.errors import UserError
 from dti_fast.formats import check_token, read_embeddings, write_diffusers, write_single_file
+from dti_fast.limits import check_limits
 from dti_fast.tokens import initial_magnitudes
 
 
@@ -54,8 +55,7 @@ def convert(
         raise UserError(f"{str(target)!r} is a {'folder' if single else 'file'} already")
     if not target.parent.is_dir():
         raise UserError(f"there is no folder {str(target.parent)!r} to write into")
-    if isinstance(renorm, float) and not 0 < renorm < float("inf"):
-        raise UserError(f"--renorm must be positive, got {renorm}")
+    check_limits({"renorm": renorm})
     if renorm is not None:
         vectors = set_norms(vectors, renorm, pretrained_model_name_or_path, metadata.get("base_model"))
         metadata["magnitude"] = str([tensor.float().norm(dim=-1).mean().item() for tensor in vectors])

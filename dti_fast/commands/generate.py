@@ -63,7 +63,7 @@ def generate(
         if metadata.get("lora_rank", "0") != "0" and find_lora(path) is None:
             warnings.warn(f"the LoRA that was learned with {metadata['token']} does not lie beside it", stacklevel=2)
     count = settings.num_images or 4
-    rows = [(text, settings.draw(backbone, text, count)) for text in prompts]
+    rows = list(zip(prompts, settings.draw(backbone, prompts, count), strict=True))
     single = len(rows) == count == 1
     save_picture(rows[0][1][0] if single else grid(rows, cell=None), output)
     print(f"wrote {output}")

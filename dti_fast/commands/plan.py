@@ -8,9 +8,11 @@ from rich.table import Table
 
 from dti_fast.devices import pick_device, pick_precision
 from dti_fast.errors import UserError
+from dti_fast.limits import check_limits
 from dti_fast.memory.budget import free_memory
 from dti_fast.memory.estimator import DTYPES, Estimator, micro_batches, precisions
 from dti_fast.memory.plan import GIB, MARGIN, Plan
+from dti_fast.progress import phase
 
 WIDTH = 130  # columns of the table where there is no terminal
 
@@ -43,14 +45,14 @@ def plan(
     num_validation_images
         0 if no pictures will be drawn.
     """
-    if resolution is not None and (resolution < 32 or resolution % 8):
-        raise UserError(f"--resolution must be a multiple of 8 and at least 32, got {resolution}")
-    if train_batch_size < 1:
-        raise UserError(f"--train_batch_size must be at least 1, got {train_batch_size}")
+    check_limits(
+        {
+            "resolution": resolution, "train_batch_size": train_batch_size, "vram": vram,
+            "num_validation_images": num_validation_images,
+        }
+    )  # fmt: skip
     if vram is None and not torch.cuda.is_available():
         raise UserError("--vram is missing: give the card's memory in GiB, such as --vram 12")
-    if vram is not None and not vram > 0:
-        raise UserError(f"--vram must be positive, got {vram}")
     room = free_memory(pick_device()) if vram is None else vram * GIB
     dtype = pick_precision(mixed_precision, torch.device("cpu"))
     estimator = Estimator(
@@ -61,7 +63,7 @@ def plan(
     if not console.is_terminal:
         console.width = WIDTH
     pick = failure = None
-    with console.status("counting"):
+    with phase("counting"):
         try:
             pick = estimator.choose(precisions("auto", dtype), room)
         except UserError as error:

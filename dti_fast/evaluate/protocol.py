@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from dti_fast.backbones.load import load_backbone
 from dti_fast.data.folder import find_pictures
@@ -21,6 +19,7 @@ from dti_fast.evaluate.concepts import Concept, EvaluateConfig
 from dti_fast.evaluate.scorers import SubjectScorer, TextScorer, masked, open_picture
 from dti_fast.files import hash_tensors, read_tensors
 from dti_fast.pipelines import find_lora, load_vectors, lora_of
+from dti_fast.progress import phase, track
 
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
 
@@ -71,7 +70,7 @@ def draw_missing(backbone, concept: Concept, token: str, sets: dict[str, list[st
                 tasks.setdefault(set_name, []).append((prompt, seed, path))
     missing = [task for of_set in tasks.values() for task in of_set if not task[2].exists()]
     batches = [missing[i : i + config.batch_size] for i in range(0, len(missing), config.batch_size)]
-    for batch in track(batches, f"drawing {concept.name}", console=Console(stderr=True), disable=not batches):
+    for batch in track(batches, f"drawing {concept.name}"):
         prompts = [prompt.replace("{}", token) for prompt, _, _ in batch]
         drawn = backbone.draw(
             prompts,
@@ -95,11 +94,13 @@ def measure(concepts: Sequence[Concept], config: EvaluateConfig) -> tuple[dict, 
         chosen = config.prompts or (["style"] if concept.is_style else ["simple", "complex"])
         sets[concept.name] = {name: read_prompts(name, config.subject) for name in chosen}
     shown = {concept.name: references(concept) for concept in concepts}
-    subject, text = SubjectScorer(config.dino), TextScorer(config.siglip)
+    with phase("loading the evaluators"):
+        subject, text = SubjectScorer(config.dino), TextScorer(config.siglip)
     device = pick_device(config.device)
     tasks = {}
     for model, kind in dict.fromkeys((concept.model, concept.prediction_type) for concept in concepts):
-        backbone = load_backbone(model, pick_precision("auto", device), device, prediction_type=kind)
+        with phase(f"loading {model}"):
+            backbone = load_backbone(model, pick_precision("auto", device), device, prediction_type=kind)
         pipeline = backbone.pipeline
         for i, concept in enumerate(c for c in concepts if (c.model, c.prediction_type) == (model, kind)):
             token, pooling = f"<evaluated-{i}>", concept.metadata.get("pooling", "eos")
@@ -111,7 +112,7 @@ def measure(concepts: Sequence[Concept], config: EvaluateConfig) -> tuple[dict, 
     for scorer in (subject, text):
         scorer.model.to(device)
     results, rows = {}, []
-    for concept in concepts:
+    for concept in track(concepts, "scoring"):
         features = subject.features(shown[concept.name])
         results[concept.name] = {}
         for set_name, of_set in tasks[concept.name].items():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from dti_fast.drawing import grid, save_picture
 from dti_fast.files import write_text
-from dti_fast.trainer.preview import grid, save_picture
 
 
 def write(summary: dict, rows: list[tuple[str, list[Image.Image]]], folder: Path) -> None:

@@ -8,12 +8,13 @@ import torch
 
 from dti_fast.backbones.load import load_backbone
 from dti_fast.backbones.pocket import Pocket
-from dti_fast.drawing import check_steps
 from dti_fast.errors import UserError
 from dti_fast.evaluate import protocol, report
 from dti_fast.evaluate.concepts import Concept, EvaluateConfig, read_concepts
 from dti_fast.evaluate.statistics import bootstrap
+from dti_fast.limits import check_limits
 from dti_fast.pocket import bench
+from dti_fast.progress import track
 from dti_fast.trainer.output import check_output
 
 
@@ -37,10 +38,9 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig) -> dict:
     Raises:
         UserError: for bad input, before anything is drawn where that is possible.
     """
-    if config.batch_size < 1 or not config.seeds:
-        raise UserError("--batch_size must be at least 1, and there must be a seed")
-    if config.num_inference_steps is not None:
-        check_steps(config.num_inference_steps)
+    check_limits(vars(config))
+    if not config.seeds:
+        raise UserError("--seeds is empty; give one seed or several")
     concepts = read_concepts(paths, config)
     pocket = {concept.model == Pocket.name for concept in concepts}
     if len(pocket) > 1:
@@ -76,7 +76,7 @@ def _measure_on_pocket(concepts: Sequence[Concept]) -> tuple[dict, list]:
     """As `protocol.measure`, by pocket-bench."""
     pipeline = load_backbone(Pocket.name, torch.float32, torch.device("cpu")).pipeline
     results, rows = {}, []
-    for concept in concepts:
+    for concept in track(concepts, "measuring"):
         results[concept.name], drawn = bench.measure(pipeline, concept.pictures, concept.folder, concept.vectors[0])
         rows += [(f"{concept.name}, {name}", pictures) for name, pictures in drawn.items()]
     return results, rows

@@ -1,8 +1,7 @@
-"""TrainConfig: every setting of a run, from which the command line is generated."""
+"""TrainConfig, what is asked of a run, from which the command line is made; Settings, what the run then has."""
 
 import json
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,12 +13,14 @@ from dti_fast.backbones.pocket import Pocket
 from dti_fast.errors import UserError
 from dti_fast.formats import check_token
 from dti_fast.frozen.quantise import PRECISIONS, check_bitsandbytes
+from dti_fast.limits import check_limits
 
-_model = Group.create_ordered("Model and data")
-_method = Group.create_ordered("Method")
-_ancillary = Group.create_ordered("LoRA and magnitudes")
-_training = Group.create_ordered("Training")
-_output = Group.create_ordered("Output")
+_essentials = Group("Essentials", sort_key=0)
+_training = Group("Training", sort_key=1)
+_machine = Group("Model, memory and speed", sort_key=2)
+_output = Group("Previews and checkpoints", sort_key=3)
+_ancillary = Group("LoRA and magnitudes", sort_key=4)
+_ablations = Group("Ablations and the methods to compare with", sort_key=5)
 
 # Settings that may differ between a checkpoint and the run that resumes it.
 _FREE_ON_RESUME = {
@@ -44,55 +45,96 @@ METHODS = {
 
 
 @Parameter(name="*")
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class TrainConfig:
-    """Settings of a training run; flags, config-file keys and these fields have the same names."""
+    """What is asked of a training run; flags, config-file keys and these fields have the same names.
 
-    pretrained_model_name_or_path: Annotated[str | None, Parameter(group=_model)] = None
+    `resolved` makes the `Settings` of a run of it.
+    """
+
+    pretrained_model_name_or_path: Annotated[str | None, Parameter(group=_essentials)] = None
     """Diffusers folder, hub id or .safetensors file. Default: the bundled pocket model, or SDXL if
     --train_data_dir is given."""
-    prediction_type: Annotated[Literal["epsilon", "v_prediction"] | None, Parameter(group=_model)] = None
+    train_data_dir: Annotated[Path | None, Parameter(group=_essentials)] = None
+    """Folder of 3 to 6 pictures; a .txt beside a picture is its caption. Default: a bundled creature."""
+    placeholder_token: Annotated[str | None, Parameter(group=_essentials)] = None
+    """The new word, bracketed and lower case. Default: `<concept>`."""
+    initializer_token: Annotated[str | None, Parameter(group=_essentials)] = None
+    """A word or phrase for what the pictures show; its direction is the start and the prior's mean."""
+    resolution: Annotated[int | None, Parameter(group=_essentials)] = None
+    """Side of the square training pictures in pixels. Default: the model's own."""
+    max_train_steps: Annotated[int, Parameter(group=_essentials)] = 400
+    """Optimizer steps."""
+    output_dir: Annotated[Path, Parameter(group=_essentials)] = Path("dti-output")
+    """Where embeddings, preview, log, configuration and checkpoints go."""
+    vram: Annotated[float | None, Parameter(group=_essentials)] = None
+    """GiB of GPU memory to keep within, by --recompute and by taking a batch in several passes, which changes nothing
+    but rounding. See dti-fast plan. Default: what the GPU has free."""
+    resume_from_checkpoint: Annotated[str | None, Parameter(group=_essentials)] = None
+    """A checkpoint file, or "latest" for the newest in the output folder."""
+
+    learnable_property: Annotated[Literal["object", "style"], Parameter(group=_training)] = "object"
+    """Which prompt templates to train with when there are no captions."""
+    num_vectors: Annotated[int | None, Parameter(group=_training)] = None
+    """Learned vectors. Default: one for each token of the initializer."""
+    train_batch_size: Annotated[int, Parameter(group=_training)] = 4
+    """Pictures in a forward pass."""
+    gradient_accumulation_steps: Annotated[int, Parameter(group=_training)] = 1
+    """Forward passes in an optimizer step."""
+    learning_rate: Annotated[float | None, Parameter(group=_training)] = None
+    """For dti every step turns each vector by arctan of this. The default is 0.04, the paper's 0.01 times its batch
+    of 4; for the paper's run, --lr_scheduler constant and a batch of 4. For the other methods, AdamW's: 0.02."""
+    lr_scheduler: Annotated[Literal["constant", "cosine"] | None, Parameter(group=_training)] = None
+    """Learning-rate schedule. The paper's is constant; for dti the default is cosine. On the pocket model the two
+    come out alike (docs/evidence.md)."""
+    lr_warmup_steps: Annotated[int, Parameter(group=_training)] = 0
+    """Steps of linear warm-up."""
+    seed: Annotated[int, Parameter(group=_training)] = 42
+    """Seed of every random draw."""
+    deterministic: Annotated[bool, Parameter(group=_training)] = False
+    """On a GPU, repeat bit for bit (slower). A CPU always does, at a fixed number of threads."""
+
+    device: Annotated[str, Parameter(group=_machine)] = "auto"
+    """auto, cpu, cuda, cuda:N, mps or xpu; auto is the first GPU there is."""
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], Parameter(group=_machine)] = "auto"
+    """Precision of the frozen model; auto is bf16 on a GPU, fp16 where bf16 is slow, fp32 on a CPU."""
+    base_precision: Annotated[Literal["auto", "int8", "nf4"] | None, Parameter(group=_machine)] = None
+    """How the frozen model's weights are stored. Default: as they compute (--mixed_precision). int8 halves and nf4
+    quarters its matrices; nf4 is approximate (docs/quantisation.md). Both need bitsandbytes. auto takes one of them if
+    nothing else fits --vram."""
+    quantised_cache: Annotated[Path | None, Parameter(group=_machine)] = None
+    """Folder that keeps the model as --base_precision int8 or nf4 stored it: the next start is faster."""
+    recompute: Annotated[Literal["none", "geglu", "block"] | None, Parameter(group=_machine)] = None
+    """What the backward pass computes again to save memory: nothing; the widest layers (a tenth more time, a little
+    over half of the memory); or every block (over a third more work, a tenth of the memory). Default: what --vram
+    asks for, block by block; nothing without it."""
+    gradient_checkpointing: Annotated[bool, Parameter(group=_machine, show=False)] = False
+    """diffusers' name for --recompute block."""
+    attention: Annotated[Literal["auto", "sdpa", "xformers", "math"], Parameter(group=_machine)] = "auto"
+    """Attention of the frozen model; auto is PyTorch's scaled_dot_product_attention."""
+    cuda_graph: Annotated[Literal["off", "on"], Parameter(group=_machine)] = "off"
+    """Capture the step as a CUDA graph, so that a GPU waits less between kernels. Off by default until a GPU has shown
+    that the results are the same."""
+    prediction_type: Annotated[Literal["epsilon", "v_prediction"] | None, Parameter(group=_machine)] = None
     """What the model was trained to predict, where its files do not say. Default: what they say; for a single file,
     v_prediction if it is an SD 2.x and epsilon otherwise."""
-    train_data_dir: Annotated[Path | None, Parameter(group=_model)] = None
-    """Folder of 3 to 6 pictures; a .txt beside a picture is its caption. Default: a bundled creature."""
-    placeholder_token: Annotated[str | None, Parameter(group=_model)] = None
-    """The new word, bracketed and lower case. Default: `<concept>`."""
-    initializer_token: Annotated[str | None, Parameter(group=_model)] = None
-    """A word or phrase for what the pictures show; its direction is the start and the prior's mean."""
-    learnable_property: Annotated[Literal["object", "style"], Parameter(group=_model)] = "object"
-    """Which prompt templates to train with when there are no captions."""
-    resolution: Annotated[int | None, Parameter(group=_model)] = None
-    """Side of the square training pictures in pixels. Default: the model's own."""
 
-    method: Annotated[Literal["dti", "ti", "ti-rescaled", "crossinit"], Parameter(group=_method)] = "dti"
-    """dti learns a direction. The others are what the paper compares it with: Textual Inversion, the same with its norm
-    set to --magnitude afterwards, and Cross Initialization (docs/methods.md)."""
-    num_vectors: Annotated[int | None, Parameter(group=_method)] = None
-    """Learned vectors. Default: one for each token of the initializer."""
-    magnitude: Annotated[
-        float | Literal["mean", "min", "max", "class"] | None,
-        Parameter(name=("--magnitude", "--token_scale"), group=_method),
-    ] = None
-    """Norm of the learned embedding: of the vocabulary's norms the mean, min or max; the initializer's own
-    (class); or a number. Default: mean. For dti and ti-rescaled."""
-    optimizer: Annotated[Literal["rsgd", "adamw"] | None, Parameter(group=_method)] = None
-    """For dti: Riemannian SGD, the default, or Adam with projection to the sphere."""
-    kappa: Annotated[float | None, Parameter(group=_method)] = None
-    """For dti: concentration of the von Mises-Fisher prior around the initializer; more keeps closer to it.
-    Default: 1e-4, or 0.1 if relative."""
-    kappa_mode: Annotated[Literal["absolute", "relative"] | None, Parameter(group=_method)] = None
-    """For dti: relative multiplies kappa by the norm of each vector's gradient, so that it does not depend on the
-    scale of the loss. Default: absolute."""
-    beta: Annotated[float | None, Parameter(group=_method)] = None
-    """For dti with rsgd: decay of the running mean of squared gradient norms; the default, 0, normalises by the
-    present norm alone."""
-    adam_weight_decay: Annotated[float | None, Parameter(group=_method)] = None
-    """Weight decay of the learned vectors, for the methods other than dti. Default: 0.01."""
-    reg_lambda: Annotated[float | None, Parameter(group=_method)] = None
-    """For crossinit: weight of the mean squared distance to the start. Default: 1e-5."""
-    pooling: Annotated[Literal["eos", "reference"], Parameter(group=_method)] = "eos"
-    """Where SDXL's pooled text features are taken: at the end of the text, or as the official code does."""
+    overwrite: Annotated[bool, Parameter(group=_output)] = False
+    """Replace the run that the output folder holds."""
+    validation_prompt: Annotated[list[str] | None, Parameter(group=_output, consume_multiple=False)] = None
+    """Preview prompt with {} for the concept; may be given several times."""
+    num_validation_images: Annotated[int, Parameter(group=_output)] = 4
+    """Preview pictures for each prompt; 0 makes no preview."""
+    validation_steps: Annotated[int | None, Parameter(group=_output)] = None
+    """Steps between previews. Default: only one at the end."""
+    logging_steps: Annotated[int, Parameter(group=_output)] = 10
+    """Steps between lines of log.jsonl. Only these, checkpoints and previews make the run wait for the device."""
+    save_steps: Annotated[int | None, Parameter(group=_output)] = None
+    """Steps between embeddings written to folders such as step-000100. Default: only the one at the end."""
+    checkpointing_steps: Annotated[int, Parameter(group=_output)] = 100
+    """Steps between checkpoints."""
+    checkpoints_total_limit: Annotated[int, Parameter(group=_output)] = 3
+    """Checkpoints to keep."""
 
     lora_rank: Annotated[int, Parameter(group=_ancillary)] = 0
     """Also learn LoRA layers of this rank in the UNet's attention; 0 is none. Needs bitsandbytes and peft."""
@@ -112,151 +154,93 @@ class TrainConfig:
     magnitude_prior: Annotated[float, Parameter(group=_ancillary)] = 1e-4
     """Weight of the prior on the norms; more keeps them closer to those of words."""
 
-    learning_rate: Annotated[float | None, Parameter(group=_training)] = None
-    """For dti every step turns each vector by arctan of this. The default is 0.04, the paper's 0.01 times its batch
-    of 4; for the paper's run, --lr_scheduler constant and a batch of 4. For the other methods, AdamW's: 0.02."""
-    scale_lr: Annotated[bool, Parameter(group=_training)] = False
+    method: Annotated[Literal["dti", "ti", "ti-rescaled", "crossinit"], Parameter(group=_ablations)] = "dti"
+    """dti learns a direction. The others are what the paper compares it with: Textual Inversion, the same with its norm
+    set to --magnitude afterwards, and Cross Initialization (docs/methods.md)."""
+    magnitude: Annotated[float | Literal["mean", "min", "max", "class"] | None, Parameter(group=_ablations)] = None
+    """Norm of the learned embedding: of the vocabulary's norms the mean, min or max; the initializer's own
+    (class); or a number. Default: mean. For dti and ti-rescaled."""
+    optimizer: Annotated[Literal["rsgd", "adamw"] | None, Parameter(group=_ablations)] = None
+    """For dti: Riemannian SGD, the default, or Adam with projection to the sphere."""
+    kappa: Annotated[float | None, Parameter(group=_ablations)] = None
+    """For dti: concentration of the von Mises-Fisher prior around the initializer; more keeps closer to it.
+    Default: 1e-4, or 0.1 if relative."""
+    kappa_mode: Annotated[Literal["absolute", "relative"] | None, Parameter(group=_ablations)] = None
+    """For dti: relative multiplies kappa by the norm of each vector's gradient, so that it does not depend on the
+    scale of the loss. Default: absolute."""
+    beta: Annotated[float | None, Parameter(group=_ablations)] = None
+    """For dti with rsgd: decay of the running mean of squared gradient norms; the default, 0, normalises by the
+    present norm alone."""
+    adam_weight_decay: Annotated[float | None, Parameter(group=_ablations)] = None
+    """Weight decay of the learned vectors, for the methods other than dti. Default: 0.01."""
+    reg_lambda: Annotated[float | None, Parameter(group=_ablations)] = None
+    """For crossinit: weight of the mean squared distance to the start. Default: 1e-5."""
+    pooling: Annotated[Literal["eos", "reference"], Parameter(group=_ablations)] = "eos"
+    """Where SDXL's pooled text features are taken: at the end of the text, or as the official code does."""
+    scale_lr: Annotated[bool, Parameter(group=_ablations)] = False
     """Multiply the learning rate by batch size and accumulation steps, as diffusers does."""
-    lr_scheduler: Annotated[Literal["constant", "cosine"] | None, Parameter(group=_training)] = None
-    """Learning-rate schedule. The paper's is constant; for dti the default is cosine. On the pocket model the two
-    come out alike (docs/evidence.md)."""
-    lr_warmup_steps: Annotated[int, Parameter(group=_training)] = 0
-    """Steps of linear warm-up."""
-    train_batch_size: Annotated[int, Parameter(group=_training)] = 4
-    """Pictures in a forward pass."""
-    gradient_accumulation_steps: Annotated[int, Parameter(group=_training)] = 1
-    """Forward passes in an optimizer step."""
-    max_train_steps: Annotated[int, Parameter(group=_training)] = 400
-    """Optimizer steps."""
-    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], Parameter(group=_training)] = "auto"
-    """Precision of the frozen model; auto is bf16 on a GPU, fp16 where bf16 is slow, fp32 on a CPU."""
-    base_precision: Annotated[Literal["auto", "int8", "nf4"] | None, Parameter(group=_training)] = None
-    """How the frozen model's weights are stored. Default: as they compute (--mixed_precision). int8 halves and nf4
-    quarters its matrices; nf4 is approximate (docs/quantisation.md). Both need bitsandbytes. auto takes one of them if
-    nothing else fits --vram."""
-    quantised_cache: Annotated[Path | None, Parameter(group=_training)] = None
-    """Folder that keeps the model as --base_precision int8 or nf4 stored it: the next start is faster."""
-    recompute: Annotated[Literal["none", "geglu", "block"] | None, Parameter(group=_training)] = None
-    """What the backward pass computes again to save memory: nothing; the widest layers (a tenth more time, a little
-    over half of the memory); or every block (over a third more work, a tenth of the memory). Default: what --vram
-    asks for, block by block; nothing without it."""
-    gradient_checkpointing: Annotated[bool, Parameter(group=_training)] = False
-    """The same as --recompute block."""
-    vram: Annotated[float | None, Parameter(group=_training)] = None
-    """GiB of GPU memory to keep within, by --recompute and by taking a batch in several passes, which changes nothing
-    but rounding. See dti-fast plan. Default: what the GPU has free."""
-    attention: Annotated[Literal["auto", "sdpa", "xformers", "math"], Parameter(group=_training)] = "auto"
-    """Attention of the frozen model; auto is PyTorch's scaled_dot_product_attention."""
-    cuda_graph: Annotated[Literal["off", "on"], Parameter(group=_training)] = "off"
-    """Capture the step as a CUDA graph, so that a GPU waits less between kernels. Off by default until a GPU has shown
-    that the results are the same."""
-    device: Annotated[str, Parameter(group=_training)] = "auto"
-    """auto, cpu, cuda, cuda:N, mps or xpu; auto is the first GPU there is."""
-    deterministic: Annotated[bool, Parameter(group=_training)] = False
-    """On a GPU, repeat bit for bit (slower). A CPU always does, at a fixed number of threads."""
-    seed: Annotated[int, Parameter(group=_training)] = 42
-    """Seed of every random draw."""
 
-    output_dir: Annotated[Path, Parameter(group=_output)] = Path("dti-output")
-    """Where embeddings, preview, log, configuration and checkpoints go."""
-    overwrite: Annotated[bool, Parameter(group=_output)] = False
-    """Replace the run that the output folder holds."""
-    checkpointing_steps: Annotated[int, Parameter(group=_output)] = 100
-    """Steps between checkpoints."""
-    save_steps: Annotated[int | None, Parameter(group=_output)] = None
-    """Steps between embeddings written to folders such as step-000100. Default: only the one at the end."""
-    checkpoints_total_limit: Annotated[int, Parameter(group=_output)] = 3
-    """Checkpoints to keep."""
-    resume_from_checkpoint: Annotated[str | None, Parameter(group=_output)] = None
-    """A checkpoint file, or "latest" for the newest in the output folder."""
-    validation_prompt: Annotated[list[str] | None, Parameter(group=_output, consume_multiple=False)] = None
-    """Preview prompt with {} for the concept; may be given several times."""
-    validation_steps: Annotated[int | None, Parameter(group=_output)] = None
-    """Steps between previews. Default: only one at the end."""
-    num_validation_images: Annotated[int, Parameter(group=_output)] = 4
-    """Preview pictures for each prompt; 0 makes no preview."""
-    logging_steps: Annotated[int, Parameter(group=_output)] = 10
-    """Steps between lines of log.jsonl. Only these, checkpoints and previews make the run wait for the device."""
-
-    @property
-    def effective_learning_rate(self) -> float:
-        return self.learning_rate * (self.samples_per_step if self.scale_lr else 1)
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.train_batch_size * self.gradient_accumulation_steps
-
-    def resolved(self) -> "TrainConfig":
-        """A copy with every default that depends on other settings filled in.
+    def resolved(self) -> "Settings":
+        """These settings with every default filled in.
 
         Raises:
-            UserError: for a setting out of range, or a model that plainly does not exist.
+            UserError: for a setting out of range, settings that contradict each other, or a model that plainly does not
+                exist.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if values["pretrained_model_name_or_path"] is None:
+        values = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
+        check_limits(values)
+        if self.pretrained_model_name_or_path is None:
             values["pretrained_model_name_or_path"] = Pocket.name if self.train_data_dir is None else "sdxl"
-        pocket = values["pretrained_model_name_or_path"] == Pocket.name
+        model = values["pretrained_model_name_or_path"]
         if self.train_data_dir is None:
-            if not pocket:
+            if model != Pocket.name:
                 raise UserError("--train_data_dir is missing: give a folder of 3 to 6 pictures of the concept")
             values["train_data_dir"] = Pocket.concept
         if self.placeholder_token is None:
             values["placeholder_token"] = "<concept>"
-        if self.initializer_token is None:
-            if not pocket:
-                raise UserError(
-                    "--initializer_token is missing: name what the pictures show, such as --initializer_token dog"
-                )
-            values["initializer_token"] = Pocket.initializer
-        if not values["initializer_token"].strip():
-            raise UserError(
-                "--initializer_token is empty: name what the pictures show, such as --initializer_token dog"
-            )
         check_token(values["placeholder_token"], "--placeholder_token")
+        values["initializer_token"] = self._initializer(model, values["placeholder_token"])
         values |= self._method_settings()
-        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
-                     "checkpoints_total_limit", "logging_steps", "num_vectors", "validation_steps",
-                     "save_steps", "lora_start_step"):  # fmt: skip
-            if values[name] is not None and values[name] < 1:
-                raise UserError(f"--{name} must be at least 1, got {values[name]}")
-        for name in ("learning_rate", "kappa", "adam_weight_decay", "reg_lambda", "lr_warmup_steps",
-                     "num_validation_images", "lora_rank", "dco_beta", "lora_learning_rate",
-                     "magnitude_learning_rate", "magnitude_prior"):  # fmt: skip
-            if values[name] is not None and not values[name] >= 0:  # nor NaN
-                raise UserError(f"--{name} must not be negative, got {values[name]}")
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{name} must be a finite number, got {value}")
         self._check_ancillary()
         if self.lora_rank and self.lora_alpha is None:
             values["lora_alpha"] = float(self.lora_rank)
-        if isinstance(self.magnitude, float | int) and not self.magnitude > 0:
-            raise UserError(f"--magnitude must be positive, got {self.magnitude}")
-        if self.vram is not None and not self.vram > 0:
-            raise UserError(f"--vram must be positive, got {self.vram}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must lie in [0, 2147483648), got {self.seed}")
-        if self.gradient_checkpointing and self.recompute not in (None, "block"):
-            raise UserError(
-                f"--gradient_checkpointing is --recompute block; it contradicts --recompute {self.recompute}"
-            )
-        values["recompute"] = "block" if self.gradient_checkpointing else self.recompute
-        if self.beta is not None and not 0 <= self.beta < 1:
-            raise UserError(f"--beta must lie in [0, 1), got {self.beta}")
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise UserError(f"--resolution must be a multiple of 8, got {self.resolution}")
+        if self.gradient_checkpointing:
+            if self.recompute not in (None, "block"):
+                raise UserError(
+                    f"--gradient_checkpointing is --recompute block; it contradicts --recompute {self.recompute}"
+                )
+            values["recompute"] = "block"
         if self.base_precision == "auto" or self.base_precision in PRECISIONS:
             check_bitsandbytes(self.base_precision)
         elif self.quantised_cache is not None:
             raise UserError("--quantised_cache is for --base_precision int8 or nf4")
-        check_model(values["pretrained_model_name_or_path"])
+        check_model(model)
         # Absolute, so that the configuration written beside the output works from any folder.
         values["train_data_dir"] = Path(values["train_data_dir"]).absolute()
         if self.quantised_cache is not None:
             values["quantised_cache"] = self.quantised_cache.absolute()
-        if Path(values["pretrained_model_name_or_path"]).exists() and not pocket:
-            values["pretrained_model_name_or_path"] = str(Path(values["pretrained_model_name_or_path"]).absolute())
-        return TrainConfig(**values)
+        if Path(model).exists() and model != Pocket.name:
+            values["pretrained_model_name_or_path"] = str(Path(model).absolute())
+        if self.output_dir.resolve() == values["train_data_dir"].resolve():
+            raise UserError("--output_dir is the folder of the pictures: the next run would learn this one's preview")
+        return Settings(**values)
+
+    def _initializer(self, model: str, placeholder: str) -> str:
+        initializer = self.initializer_token
+        if initializer is None and model == Pocket.name:
+            return Pocket.initializer
+        if initializer is None or not initializer.strip() or initializer == placeholder:
+            wrong = (
+                "missing"
+                if initializer is None
+                else "the same as --placeholder_token"
+                if initializer.strip()
+                else "empty"
+            )
+            raise UserError(
+                f"--initializer_token is {wrong}: name what the pictures show, such as --initializer_token dog"
+            )
+        return initializer
 
     def _method_settings(self) -> dict:
         """The settings of `METHODS`, with the defaults of this method; None for those that it does not use."""
@@ -292,23 +276,47 @@ class TrainConfig:
             raise UserError(
                 f"--lora_start_step {self.lora_start_step} is past --max_train_steps {self.max_train_steps}"
             )
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise UserError(f"--lora_alpha must be positive, got {self.lora_alpha}")
         for package in ("bitsandbytes", "peft"):
             switch = "--lora_rank" if self.lora_rank else "--train_magnitude"
             wanted = self.lora_rank or (self.train_magnitude and package == "bitsandbytes")
             if wanted and find_spec(package) is None:
                 raise UserError(f"{switch} needs the package {package}: pip install {package}")
 
+
+@dataclass(kw_only=True, frozen=True)
+class Settings(TrainConfig):
+    """The settings of a run, with every default filled in: what `TrainConfig.resolved` makes.
+
+    None is left where the run does without: the settings in `METHODS` that the method does not use, `lora_alpha`
+    without a LoRA; `resolution`, `prediction_type` and `num_vectors` if the model and the initializer decide;
+    `recompute`, `vram` and `base_precision` if nothing is to be saved; and what is not asked for (`quantised_cache`,
+    `save_steps`, `validation_prompt`, `validation_steps`, `resume_from_checkpoint`).
+    """
+
+    pretrained_model_name_or_path: str = field()
+    train_data_dir: Path = field()
+    placeholder_token: str = field()
+    initializer_token: str = field()
+    learning_rate: float = field()
+    lr_scheduler: Literal["constant", "cosine"] = field()
+
+    @property
+    def effective_learning_rate(self) -> float:
+        return self.learning_rate * (self.samples_per_step if self.scale_lr else 1)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps
+
     def trajectory(self) -> dict:
         """The settings that decide the result: a checkpoint is continued only under the same.
 
-        At a constant learning rate the number of steps is none of them: a run may be prolonged.
+        At a constant learning rate the number of steps is none of them.
         """
         free = _FREE_ON_RESUME | ({"max_train_steps"} if self.lr_scheduler == "constant" else set())
         return {k: v for k, v in asdict(self).items() if k not in free}
 
-    def settings(self) -> dict:
+    def to_dict(self) -> dict:
         """Names and values as config files have them, for a run from the start; those that are None are left out."""
         kept = {
             name: value for name, value in asdict(self).items() if name not in ("resume_from_checkpoint", "overwrite")
@@ -316,5 +324,5 @@ class TrainConfig:
         return {name: str(v) if isinstance(v, Path) else v for name, v in kept.items() if v is not None}
 
     def to_toml(self) -> str:
-        """`settings` as `--config` reads them."""
-        return "".join(f"{name} = {json.dumps(v, ensure_ascii=False)}\n" for name, v in self.settings().items())
+        """`to_dict` as `--config` reads it."""
+        return "".join(f"{name} = {json.dumps(v, ensure_ascii=False)}\n" for name, v in self.to_dict().items())

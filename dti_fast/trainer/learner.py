@@ -11,11 +11,11 @@ from dti_fast.backbones import Backbone
 from dti_fast.loss import Consistency
 from dti_fast.optim import SphericalAdam, SphericalSGD
 from dti_fast.tokens import TokenEmbedding, cross_init, initial_magnitudes
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings
 from dti_fast.trainer.parts import JointOptimizer, Trainable
 
 
-def install_embeddings(config: TrainConfig, backbone: Backbone) -> list[TokenEmbedding]:
+def install_embeddings(config: Settings, backbone: Backbone) -> list[TokenEmbedding]:
     """Put the placeholder into every text encoder, at the start of the method: a direction of fixed norm for `dti`, a
     free vector for the others, from the initializer's own rows or, for `crossinit`, from the encoder's output for it.
     """
@@ -37,7 +37,7 @@ def install_embeddings(config: TrainConfig, backbone: Backbone) -> list[TokenEmb
     return embeddings
 
 
-def _optimizer(config: TrainConfig, embeddings: list[TokenEmbedding], lr: Tensor) -> torch.optim.Optimizer:
+def _optimizer(config: Settings, embeddings: list[TokenEmbedding], lr: Tensor) -> torch.optim.Optimizer:
     if config.method == "dti":
         groups = [{"params": [e.rows], "mu": e.mu} for e in embeddings]
         prior = {"kappa": config.kappa, "relative": config.kappa_mode == "relative"}
@@ -62,7 +62,7 @@ class Learner:
         scaler: scales the loss of an fp16 model; disabled otherwise.
     """
 
-    def __init__(self, config: TrainConfig, backbone: Backbone, embeddings: list[TokenEmbedding], lr: Tensor, scaler):
+    def __init__(self, config: Settings, backbone: Backbone, embeddings: list[TokenEmbedding], lr: Tensor, scaler):
         self.embeddings, self.scaler = embeddings, scaler
         name = "directions" if config.method == "dti" else "vectors"
         rows = {f"{name}.{i}": e.rows for i, e in enumerate(embeddings)}

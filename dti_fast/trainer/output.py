@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from dti_fast import __version__
 from dti_fast.backbones import Backbone
 from dti_fast.errors import UserError
+from dti_fast.files import remove_temporary
 from dti_fast.formats import lora_paths, write_embeddings
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings
 from dti_fast.trainer.learner import Learner
 
 LOCK = ".lock"
@@ -26,20 +27,35 @@ def check_output(folder: Path) -> None:
         raise UserError(f"the output folder {str(folder)!r} cannot be written; choose another with --output_dir")
 
 
-def check_unused(config: TrainConfig) -> None:
-    """Raise a UserError if the folder holds a run that this one would replace, unless `overwrite` says so."""
+def _results(folder: Path) -> list[Path]:
+    """What a run cannot make again in a moment."""
+    patterns = ("checkpoints/checkpoint-*.safetensors", "learned_embeds*.safetensors", "step-*/*.safetensors")
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def check_unused(config: Settings, checkpoint: Path | None) -> None:
+    """Raise a UserError if the folder holds a run that this one would replace, unless `overwrite` says so.
+
+    A run that goes on from one of the folder's own checkpoints replaces nothing.
+    """
     folder = config.output_dir
-    traces = [*folder.glob("learned_embeds*.safetensors"), *folder.glob("checkpoints/checkpoint-*.safetensors")]
-    if traces and not config.overwrite and config.resume_from_checkpoint is None:
+    own = checkpoint is not None and checkpoint.resolve().parent.parent == folder.resolve()
+    if _results(folder) and not own and not config.overwrite:
         raise UserError(
             f"{str(folder)!r} holds a run already: go on with it by --resume_from_checkpoint latest, replace it by "
             "--overwrite, or choose another --output_dir"
         )
 
 
+def forget_run(folder: Path) -> None:
+    """Delete what an earlier run left, so that none of its files is taken for the new one's."""
+    for path in [*_results(folder), *folder.glob("preview*.png"), folder / "log.jsonl"]:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against every other run, and make it if it is not there.
+    """Hold the folder against every other run, make it if it is not there, and clear up what killed writers left.
 
     Raises:
         UserError: if another run holds it.
@@ -51,14 +67,21 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"another run is writing to {str(folder)!r}; choose another --output_dir") from None
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        launcher = f", and this one was started {ranks} times: a run uses one device, leave out torchrun"
+        raise UserError(
+            f"another run is writing to {str(folder)!r}{launcher if ranks > 1 else ''}; choose another --output_dir"
+        ) from None
     try:
+        remove_temporary(folder)
+        remove_temporary(folder / "checkpoints")
         yield
     finally:
-        lock.release()
+        lock.release()  # the file stays, so that all who ask for the lock ask for the same one
         if [path.name for path in folder.iterdir()] == [LOCK]:  # the run came to nothing
-            (folder / LOCK).unlink()
-            folder.rmdir()
+            with suppress(OSError):
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def mean_norms(vectors: list[Tensor]) -> list[float]:
@@ -67,7 +90,7 @@ def mean_norms(vectors: list[Tensor]) -> list[float]:
 
 
 def save_concept(
-    config: TrainConfig, fingerprint: str, step: int, learner: Learner, backbone: Backbone, folder: Path
+    config: Settings, fingerprint: str, step: int, learner: Learner, backbone: Backbone, folder: Path
 ) -> tuple[list[Path], list[Path]]:
     """Write what is learned after `step` steps into `folder`; returns the files of the embedding and of the LoRA."""
     vectors = learner.vectors()

@@ -21,16 +21,17 @@ from dti_fast.errors import UserError
 from dti_fast.files import hash_tensors, write_text
 from dti_fast.memory.budget import Budget, OutOfMemory
 from dti_fast.tokens import TokenEmbedding
-from dti_fast.trainer.checkpoint import find_checkpoint, forget_checkpoints, identity, load_checkpoint, save_checkpoint
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.checkpoint import find_checkpoint, identity, load_checkpoint, save_checkpoint
+from dti_fast.trainer.config import Settings, TrainConfig
 from dti_fast.trainer.graph import captured
 from dti_fast.trainer.learner import Learner, install_embeddings
 from dti_fast.trainer.loggers import Logger, Loggers, Start
 from dti_fast.trainer.loggers.jsonl import Jsonl
 from dti_fast.trainer.monitor import GRADIENT_DEADLINE, Monitor
-from dti_fast.trainer.output import check_output, check_unused, locked, mean_norms, save_concept
+from dti_fast.trainer.output import check_output, check_unused, forget_run, locked, mean_norms, save_concept
 from dti_fast.trainer.preview import save_preview
 from dti_fast.trainer.step import learning_rates, schedule, train_step
+from dti_fast.trainer.summary import summarise
 
 
 class Cancel(Protocol):
@@ -83,7 +84,7 @@ class Job:
         started: the clock when the checks began.
     """
 
-    config: TrainConfig
+    config: Settings
     pictures: list[Picture]
     prompts: list[str]
     prompt_per_picture: bool
@@ -102,8 +103,9 @@ def prepare(config: TrainConfig) -> Job:
     pictures = find_pictures(config.train_data_dir)
     prompts, prompt_per_picture = training_prompts(pictures, config.placeholder_token, config.learnable_property)
     check_output(config.output_dir)
-    check_unused(config)
-    return Job(config, pictures, prompts, prompt_per_picture, find_checkpoint(config), started)
+    checkpoint = find_checkpoint(config)
+    check_unused(config, checkpoint)
+    return Job(config, pictures, prompts, prompt_per_picture, checkpoint, started)
 
 
 def run(
@@ -123,6 +125,7 @@ def run(
     with ExitStack() as after:
         after.callback(lambda: told.end(result))
         after.enter_context(locked(config.output_dir))
+        check_unused(config, job.checkpoint)  # another run may have come and gone since `prepare`
         after.enter_context(determinism(config.deterministic))
         after.callback(backbone.restore)
         backbone.set_pooling(config.pooling)
@@ -136,6 +139,7 @@ def run(
             mean, std = encode_moments(backbone, pixels)
         tokens = backbone.tokenize(job.prompts)
         check_prompts(job.prompts, tokens, embeddings)
+        told.message(summarise(config, backbone, embeddings, job.pictures, job.prompt_per_picture, sizes))
         fingerprint = backbone.fingerprint()
         run_identity = identity(config, fingerprint, hash_tensors([pixels, *(ids for ids, _ in tokens)]))
         del pixels
@@ -152,10 +156,9 @@ def run(
             told.message(learner.ancillary.describe())
         step = 0
         if job.checkpoint is not None:
-            step = load_checkpoint(job.checkpoint, config, run_identity, learner)
-            told.message(f"resuming after step {step}")
+            step = load_checkpoint(job.checkpoint, config, run_identity, learner, told.message)
         else:
-            forget_checkpoints(config)
+            forget_run(config.output_dir)
         write_text(config.to_toml(), config.output_dir / "config.toml")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -165,7 +168,7 @@ def run(
 
         def preview(name: str) -> Path:
             told.phase("drawing the preview")
-            save_preview(config, backbone, job.pictures, config.output_dir / name, budget.tiled_decoding)
+            save_preview(config, backbone, job.pictures, config.output_dir / name, budget)
             told.phase("")
             told.preview(step, config.output_dir / name)
             return config.output_dir / name
@@ -179,7 +182,7 @@ def run(
         take_step: Callable[[list[Draws]], None] = optimise
         if config.cuda_graph == "on":
             take_step = captured(optimise, learner, told.message)
-        told.start(Start(config.output_dir, config.settings(), step, config.max_train_steps, config.samples_per_step))
+        told.start(Start(config.output_dir, config.to_dict(), step, config.max_train_steps, config.samples_per_step))
         monitor = Monitor(embeddings, step, config.max_train_steps)
         cancelled = False
         while step < config.max_train_steps and not cancelled:

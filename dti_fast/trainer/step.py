@@ -10,11 +10,11 @@ from dti_fast.backbones.base import Path
 from dti_fast.data.draws import Dataset, Draws
 from dti_fast.loss import diffusion_loss
 from dti_fast.memory.budget import Budget
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings
 from dti_fast.trainer.learner import Learner
 
 
-def schedule(config: TrainConfig) -> Tensor:
+def schedule(config: Settings) -> Tensor:
     """The factor on the learning rates at every step, float64 `[max_train_steps]`."""
     steps, warmup = config.max_train_steps, config.lr_warmup_steps
     rates = torch.ones(steps, dtype=torch.float64)
@@ -25,7 +25,7 @@ def schedule(config: TrainConfig) -> Tensor:
     return rates
 
 
-def learning_rates(config: TrainConfig) -> Tensor:
+def learning_rates(config: Settings) -> Tensor:
     """The learning rate of every step, float32 `[max_train_steps]`."""
     return (config.effective_learning_rate * schedule(config)).float()
 

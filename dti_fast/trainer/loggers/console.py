@@ -5,9 +5,8 @@ import time
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dti_fast.progress import INTERVAL
 from dti_fast.trainer.loggers import Log, Logger, Start
-
-INTERVAL = 5.0  # seconds between two plain lines
 
 
 class Console(Logger):

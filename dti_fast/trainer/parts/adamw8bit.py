@@ -1,8 +1,12 @@
 """AdamW with 8-bit states, by bitsandbytes, under the conventions of the training loop."""
 
-import bitsandbytes
 import torch
 from torch import Tensor
+
+from dti_fast.quiet import quiet_libraries
+
+with quiet_libraries():
+    import bitsandbytes
 
 MIN_8BIT_SIZE = 256  # bitsandbytes' own 4096 would leave most matrices of a rank-4 LoRA at 32 bits
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dti_fast.backbones import Backbone
 from dti_fast.loss import Consistency
 from dti_fast.tokens import TokenEmbedding
-from dti_fast.trainer.config import TrainConfig
+from dti_fast.trainer.config import Settings
 from dti_fast.trainer.parts import Trainable
 from dti_fast.trainer.parts.adamw8bit import AdamW8bit, state_bytes
 from dti_fast.trainer.parts.lora import Lora, write_lora
@@ -25,7 +25,7 @@ class Ancillary(Trainable):
         lora: the LoRA, or None.
     """
 
-    def __init__(self, config: TrainConfig, backbone: Backbone, embeddings: list[TokenEmbedding]):
+    def __init__(self, config: Settings, backbone: Backbone, embeddings: list[TokenEmbedding]):
         groups, parameters = [], {}
         self.lora, self.lora_learns, self.embeddings = None, False, []
         self.first_step, self.dco_beta, self.prior = config.lora_start_step, config.dco_beta, config.magnitude_prior

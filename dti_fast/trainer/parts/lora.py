@@ -1,6 +1,5 @@
 """LoRA layers in the denoiser, trained beside the embedding: adding, switching and writing them."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 
 from dti_fast.backbones import Backbone
 from dti_fast.errors import UserError
-from dti_fast.files import write_tensors
+from dti_fast.files import replacing, write_tensors
 from dti_fast.formats import lora_paths
 
 
@@ -79,14 +78,13 @@ def write_lora(folder: Path, placeholder: str, pipeline: DiffusionPipeline, lora
     """
     weights = get_peft_model_state_dict(lora.denoiser)
     path, kohya_path = lora_paths(folder, placeholder)
-    temporary = path.name + ".tmp"
-    pipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(weights),
-        unet_lora_adapter_metadata=lora.denoiser.peft_config["default"].to_dict(),
-        weight_name=temporary,
-    )
-    os.replace(folder / temporary, path)
+    with replacing(path) as temporary:
+        pipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=convert_state_dict_to_diffusers(weights),
+            unet_lora_adapter_metadata=lora.denoiser.peft_config["default"].to_dict(),
+            weight_name=temporary.name,
+        )
     kohya = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in weights.items()})
     # diffusers writes the rank for alpha.
     kohya = {n: torch.tensor(float(lora.alpha)) if n.endswith(".alpha") else t for n, t in kohya.items()}
