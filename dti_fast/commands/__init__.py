@@ -38,13 +38,14 @@ def make_app() -> "App":
         version=__version__,
         help_format="markdown",  # plain text keeps the line breaks of the source
         help="Teach a text-to-image model a new concept as a direction.",
-        suppress_keyboard_interrupt=False,  # which would lose the number of the signal
         # Names as in Python; dashes for underscores are taken too.
         default_parameter=Parameter(negative="", name_transform=str, show_default=_default),
     )
     for position, (name, summary) in enumerate(COMMANDS.items()):
         app.command(f"dti_fast.commands.{name}:{name}", name=name, help=summary, sort_key=position)
 
+    for each in (app, app.meta):
+        each.suppress_keyboard_interrupt = False  # it would lose the number of the signal
     file = Group("Settings from a file", sort_key=1000)
 
     @app.meta.default
