@@ -115,6 +115,8 @@ class TrainConfig:
     cuda_graph: Annotated[Literal["off", "on"], Parameter(group=_machine)] = "off"
     """Capture the step as a CUDA graph, so that a GPU waits less between kernels. Off by default until a GPU has shown
     that the results are the same."""
+    variant: Annotated[str | None, Parameter(group=_machine)] = None
+    """Which weights of a diffusers folder to load, such as fp16. Default: the plain ones, or what there is."""
     prediction_type: Annotated[Literal["epsilon", "v_prediction"] | None, Parameter(group=_machine)] = None
     """What the model was trained to predict, where its files do not say. Default: what they say; for a single file,
     v_prediction if it is an SD 2.x and epsilon otherwise."""
