@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dti_fast"
 # From the bottom to the top: a layer imports from those before it and from itself.
 LAYERS = (
-    "errors", "quiet", "limits", "reference", "kernels", "ops", "sphere", "optim", "tokens", "files", "frozen", "formats", "pipelines",
-    "blend", "devices", "backbones", "data", "loss", "memory", "progress", "drawing", "trainer", "session", "pocket", "evaluate",
-    "commands", "cli",
+    "errors", "quiet", "limits", "reference", "kernels", "ops", "sphere", "optim", "tokens", "files", "frozen",
+    "formats", "pipelines", "blend", "devices", "backbones", "data", "loss", "memory", "progress", "drawing",
+    "trainer", "session", "pocket", "evaluate", "commands", "cli",
 )  # fmt: skip
 HEAVY = {"diffusers", "transformers", "PIL", "numpy", "rich", "cyclopts", "bitsandbytes", "xformers", "peft"}
 LIGHT = {"errors", "limits", "reference", "kernels", "ops", "sphere", "optim"}  # never see a heavy package
