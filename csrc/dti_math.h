@@ -74,16 +74,22 @@ struct SphereStep {
 // Gradient of loss and prior.
 DTI_HD float with_prior(float g, float inverse_scale, float kappa, float mu) { return g * inverse_scale - kappa * mu; }
 
-// One Riemannian step of the row p, [D], along the gradient g, [D], which is overwritten:
+// One Riemannian step of the row p, [D], for the loss gradient g, [D], which is overwritten:
 //
+//     g  = g inverse_scale - kappa mu
 //     g  = g - (g . p) p
 //     nu = beta nu + (1 - beta) |g|^2,  nu_hat = nu / (1 - beta^step)
 //     p  = normalise(p - lr g / (sqrt(nu_hat) + eps))
 //
-// `team` is whoever holds the row: sum(f) adds f(i) over all of it, each(f) visits the member's own part.  With
-// beta 0 nu is not used.  Returns false for g = 0, where p is to be left as it was, bit by bit.
-template <class Team>
-DTI_HD bool sphere_step(const Team& team, float* p, float* g, float& nu, const SphereStep& o, float lr, float step) {
+// `team` is whoever holds the row: sum(f) adds f(i) over all of it, each(f) visits the member's own part.  mu(i) is the
+// prior's element, 0 without a prior.  With beta 0 nu is not used.  Returns false where p is to be left as it was, bit
+// by bit: for a loss gradient that is zero throughout, which leaves nu too, and for a projected gradient of zero.
+template <class Team, class Prior>
+DTI_HD bool sphere_step(
+    const Team& team, float* p, float* g, Prior mu, float& nu, const SphereStep& o, float inverse_scale, float lr,
+    float step) {
+  if (team.sum([&](int64_t i) { return g[i] != 0 ? 1.0f : 0.0f; }) == 0) return false;
+  team.each([&](int64_t i) { g[i] = with_prior(g[i], inverse_scale, o.kappa, mu(i)); });
   const float along = team.sum([&](int64_t i) { return g[i] * p[i]; });
   team.each([&](int64_t i) { g[i] -= along * p[i]; });
   const float norm_squared = team.sum([&](int64_t i) { return g[i] * g[i]; });

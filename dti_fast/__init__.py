@@ -7,7 +7,7 @@ import importlib
 
 from dti_fast import ops, sphere
 from dti_fast.ops import backends
-from dti_fast.optim import SphericalSGD
+from dti_fast.optim import DirectionSGD, SphericalAdam, SphericalSGD
 from dti_fast.tokens import TokenEmbedding
 
 __version__ = "0.1.0"
@@ -22,8 +22,8 @@ _LAZY = {
 }
 
 __all__ = [
-    "SphericalSGD", "TokenEmbedding", "load_embedding", "ops", "optimize_frozen", "restore", "Session", "sphere",
-    "train", "TrainConfig", "backends",
+    "DirectionSGD", "SphericalAdam", "SphericalSGD", "TokenEmbedding", "load_embedding", "ops", "optimize_frozen",
+    "restore", "Session", "sphere", "train", "TrainConfig", "backends",
 ]  # fmt: skip
 
 
@@ -31,3 +31,7 @@ def __getattr__(name: str):
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'dti_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

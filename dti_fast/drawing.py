@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from PIL import Image, ImageDraw, ImageFont
 
 from dti_fast.backbones import Backbone
-from dti_fast.backbones.load import check_model, load_backbone
+from dti_fast.backbones.load import check_model, load_backbone, model_at_hand
 from dti_fast.backbones.pocket import Pocket
 from dti_fast.devices import pick_device, pick_precision
 from dti_fast.errors import UserError
@@ -108,6 +108,6 @@ def pick_model(model: str | None, prediction_type: str | None, metadata: list[di
     """The model to draw with, and what it predicts: by default those of the first concept that says its model."""
     if model is None:
         named = next((m for m in metadata if "base_model" in m), {"base_model": Pocket.name})
-        model, prediction_type = named["base_model"], prediction_type or named.get("prediction_type")
+        model, prediction_type = model_at_hand(named["base_model"]), prediction_type or named.get("prediction_type")
     check_model(model)
     return model, prediction_type

@@ -54,19 +54,40 @@ def remove_temporary(folder: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write UTF-8 under a temporary name, then rename it."""
+    """Write UTF-8 under a temporary name, then rename it; UserError if the text holds a file's name that is no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        line = text[: error.start].rpartition("\n")[2] + text[error.start :].partition("\n")[0]
+        raise UserError(f"{path.name} cannot hold {line!r}, which is not UTF-8: rename that file or folder") from None
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
-    """Write a safetensors file under a temporary name, then rename it; metadata values become JSON strings."""
+    """Write a safetensors file under a temporary name, then rename it; metadata values become JSON strings.
+
+    Equal contents give equal bytes.
+    """
     header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # that of any new file: safetensors would make it readable by its owner alone
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
+        _sort_header(temporary)
         temporary.chmod(mode)
+
+
+def _sort_header(path: Path) -> None:
+    """Sort the keys of a safetensors header, in place: the library writes metadata in an order that varies."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        entries = {"__metadata__": header.pop("__metadata__", {}), **dict(sorted(header.items()))}
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

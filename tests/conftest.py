@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one test process for each core
@@ -45,6 +46,19 @@ def lane(request, monkeypatch) -> str:
         pytest.skip(obstacle)
     monkeypatch.setenv("DTI_FAST_BACKEND", backend)
     return device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_store():
+    """Keeps counts for this session alone: those in the user's cache may be other code's.  What it replaces."""
+    from dti_fast.memory import store
+
+    kept: dict = {}
+    own = SimpleNamespace(read=store.read, write=store.write)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "read", lambda key: store.shipped().get(key, kept.get(key)))
+        patch.setattr(store, "write", kept.__setitem__)
+        yield own
 
 
 @pytest.fixture(scope="session")

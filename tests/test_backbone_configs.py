@@ -15,7 +15,7 @@ from tiny import WORDS, original_state_dict, save_tiny_pipeline, save_tiny_singl
 from transformers import CLIPTokenizer
 
 from dti_fast.backbones import clip_vocabulary
-from dti_fast.backbones.configs import FAMILIES, config_folder, identify_single_file
+from dti_fast.backbones.configs import CONFIGS, config_folder, identify_single_file
 
 PARAMETERS = {
     "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
@@ -133,7 +133,7 @@ def test_unknown_family():
         config_folder("sd3")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_full_size_models_have_the_published_parameter_counts(family):
     models = vars(full_size_components(family))
     assert {name: sum(p.numel() for p in m.parameters()) for name, m in models.items()} == PARAMETERS[family]
@@ -160,7 +160,7 @@ def test_latent_scale(family, factor):
     assert config["scaling_factor"] == factor
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_tiny_pipeline_makes_an_image(family, tiny_folder):
     pipeline = DiffusionPipeline.from_pretrained(tiny_folder(family), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
@@ -170,7 +170,7 @@ def test_tiny_pipeline_makes_an_image(family, tiny_folder):
     assert len(image.getcolors(64 * 64)) > 100
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_tiny_tokenizers(family, tiny_folder):
     tokenizer = CLIPTokenizer.from_pretrained(tiny_folder(family) / "tokenizer")
     words = tokenizer(WORDS, add_special_tokens=False).input_ids
@@ -196,7 +196,7 @@ def test_tiny_pipeline_with_the_real_vocabulary(tmp_path):
     assert pipeline.text_encoder_2.get_input_embeddings().num_embeddings == 49408
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_tiny_single_file_round_trip(family, tiny_folder, tmp_path):
     """Another seed than the folder's: diffusers fills what a file lacks from the folder."""
     path = save_tiny_single_file(family, tmp_path / "model.safetensors", seed=1)
@@ -211,7 +211,7 @@ def test_tiny_single_file_round_trip(family, tiny_folder, tmp_path):
         assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_full_size_header_is_identified(family, tmp_path):
     state = original_state_dict(family, full_size_components(family))
     path = write_header(tmp_path / "model.safetensors", {name: tensor.shape for name, tensor in state.items()})

@@ -15,21 +15,18 @@ from tiny import save_tiny_single_file
 from torch import nn
 
 from dti_fast import load_embedding
-from dti_fast.backbones import configs
 from dti_fast.backbones.load import load_backbone
 from dti_fast.backbones.quantised_cache import cached_file
 from dti_fast.errors import UserError
 from dti_fast.frozen.quantise import QuantisedLinear
-from dti_fast.trainer.config import TrainConfig
 
 CPU = torch.device("cpu")
 
 
 def prediction(backbone):
-    ids = [t("a dog", padding="max_length", max_length=77, return_tensors="pt").input_ids for t in backbone.tokenizers]
     noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        condition = backbone.condition(ids, torch.tensor([[64, 64, 0, 0, 64, 64]]))
+        condition = backbone.condition(backbone.tokenize(["a dog"]), torch.tensor([[64, 64, 0, 0, 64, 64]]))
         return backbone.denoise(noisy, torch.tensor([500]), condition)
 
 
@@ -55,12 +52,6 @@ def test_a_run_and_its_files(tiny_pipelines, pictures, tmp_path):
     assert "base_precision (was nf4)" in run.stderr
 
 
-def test_sixteen_bit_is_mixed_precision():
-    assert TrainConfig(base_precision="bf16").resolved().mixed_precision == "bf16"
-    assert TrainConfig(base_precision="fp16", mixed_precision="fp16").resolved().mixed_precision == "fp16"
-    assert TrainConfig(base_precision="nf4").resolved().mixed_precision == "auto"
-
-
 def test_without_bitsandbytes(tiny_pipelines, pictures, tmp_path):
     code = "import sys; sys.modules['bitsandbytes'] = None; from dti_fast.cli import main; main()"
     arguments = train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out", base_precision="nf4")
@@ -78,7 +69,7 @@ def test_without_bitsandbytes(tiny_pipelines, pictures, tmp_path):
 def test_load_quantises_unet_and_text_encoders(tiny_pipelines, precision):
     backbone = load(tiny_pipelines["sdxl"], precision)
     full = load(tiny_pipelines["sdxl"], "auto", dtype=torch.float32)
-    for model in (backbone.unet, *backbone.text_encoders):
+    for model in (backbone.denoiser, *backbone.text_encoders):
         assert any(isinstance(child, QuantisedLinear) for child in model.modules())
         assert model.dtype == torch.bfloat16
         assert not any(p.requires_grad for p in model.parameters())
@@ -92,14 +83,14 @@ def test_load_quantises_unet_and_text_encoders(tiny_pipelines, precision):
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 @pytest.mark.parametrize("single_file", [False, True], ids=["folder", "file"])
 def test_cache(tiny_pipelines, tmp_path, monkeypatch, precision, single_file):
-    monkeypatch.setattr(configs, "config_folder", lambda name: tiny_pipelines[name])
+    monkeypatch.setattr("dti_fast.backbones.load.config_folder", lambda name: tiny_pipelines[name])
     source = save_tiny_single_file("sdxl", tmp_path / "m.safetensors") if single_file else tiny_pipelines["sdxl"]
     fresh = load(source, precision, tmp_path / "cache")
     (kept,) = (tmp_path / "cache").iterdir()
     monkeypatch.setattr("dti_fast.backbones.load.quantise_frozen", None)  # the second start quantises nothing
     again = load(source, precision, tmp_path / "cache")
     assert torch.equal(prediction(fresh), prediction(again))
-    for old, new in zip((fresh.unet, *fresh.text_encoders), (again.unet, *again.text_encoders), strict=True):
+    for old, new in zip((fresh.denoiser, *fresh.text_encoders), (again.denoiser, *again.text_encoders), strict=True):
         assert old.state_dict().keys() == new.state_dict().keys()
         assert not any(p.requires_grad or p.is_meta for p in new.parameters())
         assert not new.training
@@ -166,7 +157,7 @@ def test_model_of_the_hub(tiny_pipelines, tmp_path, monkeypatch):
 
 
 def test_biases_and_norms_stay_in_the_dtype_of_the_computation(tiny_pipelines):
-    unet = load(tiny_pipelines["sd15"], "int8", dtype=torch.float16).unet
+    unet = load(tiny_pipelines["sd15"], "int8", dtype=torch.float16).denoiser
     some = (QuantisedLinear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
     kinds = {
         type(child).__name__: {p.dtype for p in child.parameters(recurse=False) if p.is_floating_point()}

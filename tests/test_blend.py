@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from dti_fast.generate import blend_concepts, generate_pictures
 from PIL import Image
 from runs import dti_fast, refused
 
 from dti_fast import sphere
 from dti_fast.blend import blend
+from dti_fast.commands.blend import blend as draw_blend
+from dti_fast.commands.generate import generate
+from dti_fast.drawing import DrawSettings
 from dti_fast.errors import UserError
 from dti_fast.formats import read_embeddings, write_diffusers, write_single_file
 
@@ -56,19 +58,22 @@ def test_what_cannot_be_blended_is_a_clear_error():
         blend(a, concept(1), 1.5)
 
 
-def test_the_strip_begins_and_ends_with_the_concepts_themselves(tiny_pipelines, tmp_path):
+def test_the_strip_begins_and_ends_with_the_concepts_themselves(tiny_pipelines, tmp_path, capsys):
     model = str(tiny_pipelines["sd15"])
     for name, seed in (("a", 0), ("b", 1)):
         write_single_file(tmp_path / f"{name}.safetensors", concept(seed, 2, (32,)), {"token": f"<{name}>"})
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    settings = {"model": model, "num_inference_steps": 2, "seed": 5}
-    angle, paths = blend_concepts(a, b, ["a {} on grass"], tmp_path / "strip.png", steps=3, num_images=2, **settings)
-    assert paths == [tmp_path / "strip.png"]
-    assert 30 < angle < 150
+    settings = {"pretrained_model_name_or_path": model, "num_inference_steps": 2, "seed": 5}
+    prompt, output = ["a {} on grass"], tmp_path / "strip.png"
+    draw_blend(a, b, prompt=prompt, output=output, steps=3, settings=DrawSettings(num_images=2, **settings))
+    angle, _, paths = capsys.readouterr().out.partition("° lie between the two; wrote ")
+    assert paths.strip() == str(output)
+    assert 30 < float(angle) < 150
     strip = np.asarray(Image.open(tmp_path / "strip.png"))
     assert strip.shape[:2] == (2 * (128 + 20 + 6) + 6, 480)
     for column, path in ((0, a), (2, b)):
-        generate_pictures(["a {} on grass"], [path], tmp_path / "one.png", num_images=1, **settings)
+        one = DrawSettings(num_images=1, **settings)
+        generate(prompt=prompt, embedding=[path], output=tmp_path / "one.png", settings=one)
         expected = np.asarray(Image.open(tmp_path / "one.png")).repeat(2, 0).repeat(2, 1)
         left = 6 + column * (128 + 6)
         assert np.array_equal(strip[26 : 26 + 128, left : left + 128], expected)
@@ -102,7 +107,7 @@ def test_command_line(tiny_pipelines, tmp_path):
         ([], {"save": 1.5}, "between 0 and 1"),
         (["a {}"], {"steps": 1}, "--steps must be at least 2"),
         (["a {}"], {"output": "strip.jpg"}, "must be a .png file"),
-        (["a {}"], {"model": "no such model"}, "there is no model"),
+        (["a {}"], {"settings": DrawSettings(pretrained_model_name_or_path="no such model")}, "there is no model"),
     ],
 )
 def test_bad_input_is_found_before_anything_is_written(tmp_path, prompts, settings, message):
@@ -111,5 +116,5 @@ def test_bad_input_is_found_before_anything_is_written(tmp_path, prompts, settin
         write_single_file(path, concept(i), {})
     output = tmp_path / settings.pop("output", "strip.png")
     with pytest.raises(UserError, match=message):
-        blend_concepts(*paths, prompts, output, **settings)
+        draw_blend(*paths, prompt=prompts, output=output, **settings)
     assert sorted(tmp_path.iterdir()) == paths

@@ -11,8 +11,8 @@ from runs import command, train_arguments
 from safetensors.torch import load_file
 from tiny import save_tiny_pipeline
 
-ONE_ENCODER = ["learned_embeds.safetensors"]
-TWO_ENCODERS = [*ONE_ENCODER, "learned_embeds_2.safetensors", "toy.safetensors"]
+ONE_ENCODER = ["learned_embeds.safetensors", "toy.safetensors"]
+TWO_ENCODERS = ["learned_embeds.safetensors", "learned_embeds_2.safetensors", "toy.safetensors"]
 
 
 @pytest.mark.parametrize(

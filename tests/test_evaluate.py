@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dti_fast.generate import generate_pictures
 from PIL import Image
 from runs import command, refused, write_pictures
 from tiny import _tokenizer

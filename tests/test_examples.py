@@ -1,17 +1,26 @@
 """The examples run, learn a direction, and leave a file that a stock pipeline loads."""
 
+import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from runs import ENVIRONMENT
 from safetensors.torch import load_file
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+import dti_fast
+from dti_fast.session import Session
+from dti_fast.trainer.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 PLAIN = ["--initializer", "dog", "--placeholder", "<toy>", "--steps", "4", "--batch", "2", "--resolution", "64"]
 STOCK = ["--initializer_token", "dog", "--placeholder_token", "<toy>", "--max_train_steps", "4", "--resolution", "64",
          "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine"]  # fmt: skip
@@ -54,3 +63,18 @@ def test_diffusers_textual_inversion(tiny_pipelines, pictures, tmp_path, precisi
     run("diffusers_textual_inversion.py", "--pretrained_model_name_or_path", model, "--train_data_dir", pictures,
         "--output_dir", tmp_path, "--mixed_precision", precision, *STOCK)  # fmt: skip
     check(tmp_path / "learned_embeds.safetensors", model, 2)
+
+
+def test_python_in_the_readme(pictures, tmp_path, monkeypatch):
+    """As it stands there, but on the pocket model and with few steps."""
+    (code,) = re.findall(r"```python\n(.*? Session\(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for word in ("dog", "cat"):
+        shutil.copytree(pictures, f"my_{word}")
+    config = partial(TrainConfig, pretrained_model_name_or_path="pocket", max_train_steps=2, num_validation_images=0)
+    monkeypatch.setattr(dti_fast, "TrainConfig", config, raising=False)
+    monkeypatch.setattr(dti_fast, "Session", lambda model, **settings: Session("pocket", **settings), raising=False)
+    exec(code, {})
+    assert Path("my_dog_dti/learned_embeds.safetensors").is_file()
+    for word in ("dog", "cat"):
+        assert Image.open(f"my_{word}_sd15/watercolor.png").size == (32, 32)

@@ -11,11 +11,13 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dti_fast import Session, TokenEmbedding, TrainConfig
 from dti_fast.backbones import FAMILIES, Backbone
 from dti_fast.backbones.load import load_backbone
+from dti_fast.backbones.skeleton import skeleton
 from dti_fast.errors import UserError
 from dti_fast.memory.estimator import Estimator
 
@@ -82,19 +84,19 @@ def test_unknown_family_is_refused(folder):
 def test_one_class_trains_and_draws(folder, family, pictures, tmp_path):
     config = TrainConfig(
         train_data_dir=pictures, output_dir=tmp_path / "out", placeholder_token="<toy>", initializer_token="dog",
-        num_vectors=2, max_train_steps=5, train_batch_size=2, resolution=16, num_validation_images=1,
+        num_vectors=2, max_train_steps=5, train_batch_size=2, resolution=32, num_validation_images=1,
         validation_prompt=["a photo of {}"], vram=4, recompute="block",
     )  # fmt: skip
     with Session(str(folder), device="cpu", vram=4) as session:
         result = session.learn(config)
-        drawn = session.draw(["a photo of {}"], concept=result, steps=2, size=16)[0][0]
-        word = session.draw(["a photo of dog"], steps=2, size=16)[0][0]
+        drawn = session.draw(["a photo of {}"], concept=result, steps=2, size=32)[0][0]
+        word = session.draw(["a photo of dog"], steps=2, size=32)[0][0]
     assert all(angle > 1 for angle in result.angle_degrees)
     assert [p.name for p in result.embedding_paths] == [
         "learned_embeds.safetensors", "learned_embeds_2.safetensors", "toy.safetensors",
     ]  # fmt: skip
     assert result.preview_path.is_file()
-    assert drawn.size == (16, 16)
+    assert drawn.size == (32, 32)
     assert not np.array_equal(np.asarray(drawn), np.asarray(word))
 
 
@@ -112,7 +114,7 @@ def test_condition_is_the_stock_pipelines(folder, family):
     backbone.denoiser.forward = look
     try:
         backbone.pipeline(backbone.spell("a photo of <toy>"), num_inference_steps=1, guidance_scale=1.0,
-                          height=16, width=16, output_type="latent")  # fmt: skip
+                          height=32, width=32, output_type="latent")  # fmt: skip
     finally:
         del backbone.denoiser.forward
     with torch.no_grad():
@@ -133,9 +135,16 @@ def test_flow_path_is_the_schedulers(folder, family):
 
 
 def test_it_is_counted(folder, family):
-    estimator = Estimator(str(folder), torch.float32, batch=2, resolution=16)
+    estimator = Estimator(str(folder), torch.float32, batch=2, resolution=32)
     none, block = (estimator.count(mode, 2) for mode in ("none", "block"))
     parts = ["transformer_blocks.0", "transformer_blocks.1"]
     assert all(none.saved(part) > 0 for part in parts)
     assert block.flops(parts[0]) >= none.flops(parts[0])
     assert estimator.model.weights["fp32"] > 4 * 1000
+
+
+def test_a_model_without_weights_draws_no_progress_bar(capfd):
+    with FakeTensorMode():
+        backbone = skeleton("pocket", torch.float32)
+    backbone.tokenize(["a creature"])
+    assert "it/s" not in capfd.readouterr().err

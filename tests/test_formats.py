@@ -1,13 +1,18 @@
 """Embedding files: exact keys, and loading them into stock pipelines."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from runs import ENVIRONMENT
 from safetensors import safe_open
 
 from dti_fast import load_embedding
 from dti_fast.errors import UserError
-from dti_fast.formats import read_embeddings, write_embeddings
+from dti_fast.formats import lora_paths, placeholder_stem, read_embeddings, write_embeddings, write_single_file
+from dti_fast.pipelines import find_lora, load_vectors
 
 
 def keys(path):
@@ -17,8 +22,10 @@ def keys(path):
 
 def test_one_encoder(tmp_path):
     vectors = [torch.randn(2, 32)]
-    (path,) = write_embeddings(tmp_path, "<x>", vectors, {"method": "dti", "steps": 3, "token": "<x>"})
-    assert path.name == "learned_embeds.safetensors"
+    path, single = write_embeddings(tmp_path, "<x>", vectors, {"method": "dti", "steps": 3, "token": "<x>"})
+    assert (path.name, single.name) == ("learned_embeds.safetensors", "x.safetensors")
+    assert keys(single)[0] == {"emb_params": (2, 32)}  # A1111, ComfyUI and InvokeAI
+    assert torch.equal(read_embeddings(single)[0][0], vectors[0])
     assert keys(path) == ({"<x>": (2, 32)}, {"format": "pt", "method": "dti", "steps": "3", "token": "<x>"})
     assert torch.equal(read_embeddings(tmp_path)[0][0], vectors[0])
     assert not list(tmp_path.glob("*.tmp"))
@@ -66,6 +73,20 @@ def test_sdxl_pooling_after_loading(tiny_pipelines, tmp_path, pooling):
     assert torch.equal(*pooled) == (pooling == "reference")
 
 
+def test_a_pipeline_without_its_first_text_encoder_takes_the_second_vectors(tiny_pipelines, tmp_path):
+    """SDXL's refiner."""
+    vectors = [torch.randn(1, 32), torch.randn(1, 48)]
+    write_embeddings(tmp_path, "<x>", vectors, {"token": "<x>"})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_pipelines["sdxl"])
+    pipeline.text_encoder = pipeline.tokenizer = None
+    load_embedding(pipeline, tmp_path / "x.safetensors")
+    loaded = pipeline.text_encoder_2.get_input_embeddings().weight[pipeline.tokenizer_2.convert_tokens_to_ids("<x>")]
+    assert torch.equal(loaded, vectors[1][0])
+    write_embeddings(tmp_path, "<y>", vectors[:1], {"token": "<y>"})
+    with pytest.raises(UserError, match="another kind of model"):
+        load_embedding(pipeline, tmp_path)
+
+
 def test_foreign_files_are_one_clear_line(tiny_pipelines, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipelines["sd15"])
     write_embeddings(tmp_path, "<x>", [torch.randn(1, 48)], {})
@@ -76,3 +97,67 @@ def test_foreign_files_are_one_clear_line(tiny_pipelines, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"not one")
     with pytest.raises(UserError, match="not a safetensors file"):
         read_embeddings(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["<learned_embeds>", "<Learned_Embeds_2>", "<pytorch_lora_weights>", "<preview>", "<log>", "<config>", "<con>"],
+)
+def test_no_token_takes_the_name_of_another_file(tmp_path, token):
+    vectors = [torch.randn(1, 32), torch.randn(1, 48)]
+    paths = [*write_embeddings(tmp_path, token, vectors, {}), *lora_paths(tmp_path, token)]
+    assert len({path.name.lower() for path in paths}) == 5
+    assert placeholder_stem(token) == f"{token.strip('<>')}-concept"
+    assert keys(paths[0])[0] == {token: (1, 32)}
+    assert placeholder_stem("<logs>") == "logs"
+
+
+def test_equal_contents_are_equal_bytes(tmp_path):
+    """In processes of their own, in which the library hashes differently."""
+    code = (
+        "import sys, torch; from pathlib import Path; from dti_fast.formats import write_embeddings\n"
+        "metadata = {f'key{i}': str(i) for i in range(20)} | {'token': '<é>'}\n"
+        "write_embeddings(Path(sys.argv[1]), '<x>', [torch.arange(4.0)], metadata)"
+    )
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True, env=ENVIRONMENT)
+        files.append((tmp_path / name / "learned_embeds.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert read_embeddings(tmp_path / "a")[1]["token"] == "<é>"
+
+
+def test_a_lora_acts_only_with_the_embedding_it_was_learned_with(tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    for name, rank in (("with", 4), ("without", 0)):
+        write_single_file(tmp_path / f"{name}.safetensors", [torch.randn(1, 32)], {"lora_rank": rank})
+    write_single_file(tmp_path / "foreign.safetensors", [torch.randn(1, 32)], {})
+    found = {name: find_lora(tmp_path / f"{name}.safetensors") for name in ("with", "without", "foreign")}
+    lora = tmp_path / "pytorch_lora_weights.safetensors"
+    assert found == {"with": lora, "without": None, "foreign": None}
+    assert find_lora(tmp_path) == lora
+    assert find_lora(tmp_path / "x.pt") is None
+
+
+def test_a_run_that_is_not_finished_says_so(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-000004.safetensors").touch()
+    with pytest.raises(UserError, match="is not finished: go on with --resume_from_checkpoint"):
+        read_embeddings(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["both vectors", "the second"])
+def test_a_refiner_takes_the_second_vector(tiny_pipelines, tmp_path, whole):
+    base = StableDiffusionXLPipeline.from_pretrained(tiny_pipelines["sdxl"])
+    vectors = [torch.randn(2, 32), torch.randn(2, 48)]
+    refiner = StableDiffusionXLPipeline.from_pretrained(tiny_pipelines["sdxl"], text_encoder=None, tokenizer=None)
+    load_vectors(base, vectors, "<x>")
+    load_vectors(refiner, vectors if whole else vectors[1:], "<x>")
+    ids = [p.tokenizer_2("a <x> <x>_1 on grass", return_tensors="pt").input_ids for p in (base, refiner)]
+    assert torch.equal(*ids)
+    pooled = [p.text_encoder_2(i).text_embeds for p, i in zip((base, refiner), ids, strict=True)]
+    assert torch.equal(*pooled)
+    refiner.text_encoder_2 = None
+    with pytest.raises(UserError, match="no text encoder"):
+        load_vectors(refiner, vectors, "<y>")

@@ -27,7 +27,7 @@ from transformers import (
 
 from dti_fast import optimize_frozen, restore
 from dti_fast.frozen import left_stock
-from dti_fast.frozen.live_bytes import LiveBytes
+from dti_fast.memory.live_bytes import LiveBytes
 
 
 def sana():

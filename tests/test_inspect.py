@@ -1,17 +1,14 @@
 """`dti-fast inspect`: norms, percentiles, angles and nearest words against a model's own vocabulary."""
 
-import io
-
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from rich.console import Console
 from runs import dti_fast
 from safetensors.torch import save_file
 from tiny import save_tiny_pipeline, save_tiny_single_file
 
 from dti_fast.backbones.vocabulary import load_vocabularies
-from dti_fast.commands.inspect import measure, print_report
+from dti_fast.commands.inspect import inspect, measure
 from dti_fast.errors import UserError
 from dti_fast.formats import read_embedding_file, write_single_file
 
@@ -89,10 +86,9 @@ def test_command_line(tiny_pipelines, tmp_path):
         assert part in run.stdout
 
 
-def test_a_file_for_another_model_is_told_without_one(tmp_path):
+def test_a_file_for_another_model_is_told_without_one(tmp_path, capsys):
     save_file({"t5xxl": torch.randn(4, 96), "clip_l": torch.randn(4, 32)}, tmp_path / "x.safetensors")
-    console = Console(file=io.StringIO(), width=200)
-    print_report(tmp_path / "x.safetensors", None, False, console)
-    text = console.file.getvalue()
+    inspect(tmp_path / "x.safetensors")
+    text = capsys.readouterr().out
     assert "t5xxl: 4 vectors of 96" in text
     assert "Give --pretrained_model_name_or_path" in text

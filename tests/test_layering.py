@@ -149,7 +149,7 @@ def test_what_is_forbidden_is_found(trees, module, statement, kind):
 def test_heavy_packages_stay_in_their_layers(trees):
     wrong = []
     for name, tree in trees.items():
-        layer = (name.split(".") + [""])[1]
+        layer = [*name.split("."), ""][1]
         if layer in LIGHT | LAZY:
             found = imports(name, only_for_types(tree), False, top_level_only=layer in LAZY)
             wrong += [f"{name}: {other}" for other in found if other.split(".")[0] in HEAVY]

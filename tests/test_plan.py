@@ -175,12 +175,12 @@ def test_quantised_weights_are_the_last_resort(sd15):
         pick(1)
 
 
-def plan(*arguments):
-    return command("plan", "--pretrained-model-name-or-path", "pocket", "--train_batch_size", "1", *arguments)
+def plan(model, *arguments):
+    return command("plan", "--pretrained-model-name-or-path", model, "--train_batch_size", "1", *arguments)
 
 
 def test_plan_on_the_command_line():
-    run = plan("--vram", "4", "--resolution", "64")
+    run = plan("pocket", "--vram", "4", "--resolution", "64")
     assert run.returncode == 0, run.stderr
     assert "pocket at 64 pixels, batch 1, 4.0 GiB" in run.stdout
     assert "Pick: recompute none, weights bf16" in run.stdout
@@ -188,7 +188,8 @@ def test_plan_on_the_command_line():
         assert word in run.stdout
 
 
-def test_plan_says_what_would_fit():
-    run = plan("--vram", "0.5", "--resolution", "32")  # the pocket model's own size, which is small
-    refused(run, "error: training pocket at 32 pixels does not fit 0.5 GiB; the smallest plan")
+def test_plan_says_what_would_fit(tiny_pipelines):
+    model = tiny_pipelines["sd15"]
+    run = plan(model, "--vram", "0.5")
+    refused(run, f"error: training {model} at 64 pixels does not fit 0.5 GiB; the smallest plan")
     assert "geglu" in run.stdout

@@ -18,9 +18,9 @@ from dti_fast.data.folder import find_pictures
 from dti_fast.pocket import bench as pocket_bench
 from dti_fast.pocket import world
 from dti_fast.pocket.bench import PocketBench
+from dti_fast.pocket.recognise import FEATURES, PARTS, WEIGHTS, Recognition, credit, label
 from tools.pocket.build import CONCEPT, build_tokenizer, draw_concept
 from tools.pocket.build_recogniser import draw_scene
-from dti_fast.pocket.recognise import FEATURES, PARTS, WEIGHTS, Recognition, credit, label
 
 DIGESTS = ["b53e52451cb0", "bdc4831c75c9", "08603df10206"]  # of prompts, training pictures, recogniser
 

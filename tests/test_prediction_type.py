@@ -3,14 +3,14 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from dti_fast.generate import generate_pictures
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_tiny_single_file
 
 from dti_fast import TrainConfig, train
-from dti_fast.backbones import configs
 from dti_fast.backbones.load import load_backbone
+from dti_fast.commands.generate import generate
+from dti_fast.drawing import DrawSettings
 from dti_fast.formats import read_embeddings
 
 
@@ -24,10 +24,14 @@ from dti_fast.formats import read_embeddings
     ],
 )
 def test_single_files(tiny_pipelines, tmp_path, monkeypatch, family, setting, expected):
-    monkeypatch.setattr(configs, "config_folder", lambda name: tiny_pipelines[name])
+    monkeypatch.setattr("dti_fast.backbones.load.config_folder", lambda name: tiny_pipelines[name])
     path = save_tiny_single_file(family, tmp_path / "model.safetensors")
     backbone = load_backbone(str(path), torch.float32, torch.device("cpu"), prediction_type=setting)
-    assert backbone.noise_schedule()[1] == backbone.pipeline.scheduler.config.prediction_type == expected
+    assert backbone.pipeline.scheduler.config.prediction_type == expected
+    path = backbone.path()  # what is to be predicted: the noise, or sqrt(alpha) n - sqrt(1 - alpha) x
+    zero, one = torch.zeros(len(path)), torch.ones(len(path))
+    assert torch.equal(path.c, zero if expected == "epsilon" else -path.b)
+    assert torch.equal(path.d, one if expected == "epsilon" else path.a)
     default = load_backbone(str(tiny_pipelines[family]), torch.float32, torch.device("cpu")).pipeline.scheduler
     kept = {k: v for k, v in default.config.items() if k not in ("prediction_type", "_use_default_values")}
     assert {k: backbone.pipeline.scheduler.config[k] for k in kept} == kept
@@ -50,7 +54,8 @@ def test_train_then_generate(tiny_pipelines, pictures, tmp_path):
     assert not torch.equal(*learned)
 
     output = tmp_path / "out.png"
-    generate_pictures(["a {}"], [tmp_path / "v_prediction"], output, num_images=1, num_inference_steps=2)
+    settings = DrawSettings(num_images=1, num_inference_steps=2)
+    generate(prompt=["a {}"], embedding=[tmp_path / "v_prediction"], output=output, settings=settings)
     pipeline = StableDiffusionPipeline.from_pretrained(model)
     pipeline.load_textual_inversion(tmp_path / "v_prediction" / "learned_embeds.safetensors")
     images = []

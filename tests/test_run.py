@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from dti_fast.trainer.loop import diffusion_loss, learning_rates, train_step
 from steps import GOOD, setup
 
 from dti_fast import sphere

@@ -127,17 +127,40 @@ def test_rows_stay_on_the_sphere_and_turn_by_arctan_lr(lane):
     assert (sphere.distance(before, after) - math.atan(0.04)).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("mu", [None, torch.float32], ids=["plain", "prior"])
 @pytest.mark.parametrize("beta", [0.0, 0.9])
-def test_row_without_gradient_keeps_its_bits(lane, beta):
-    arguments, options = problem(5, 127, lane, mu=None, beta=beta)
+def test_row_without_loss_gradient_keeps_its_bits(lane, beta, mu, scale):
+    """With a prior too: normalised alone, it would turn the row by a whole step."""
+    arguments, options = problem(5, 127, lane, mu=mu, beta=beta, scale=scale, found=0.0)
     arguments[0].mul_(1 + 1e-6)  # not quite unit: normalising would show
     arguments[1][2] = 0
+    arguments[1][3], arguments[1][3, 126] = 0, 1e-30  # one element is enough
     before, moment = arguments[0].clone(), None if beta == 0 else arguments[3].clone()
     sphere_step_(*arguments, **options)
     changed = (arguments[0] != before).any(-1)
-    assert changed.tolist() == [True, True, False, True, True]
+    assert changed.tolist() == [True, True, False, mu is not None, True]
     if beta:
-        assert torch.allclose(arguments[3][2], beta * moment[2])
+        assert (arguments[3] != moment).flatten().tolist() == [True, True, False, True, True]
+
+
+def test_row_with_a_nan_in_its_gradient_is_not_taken_for_unused(lane):
+    arguments, options = problem(3, 127, lane)
+    arguments[1].zero_()[1, 5] = torch.nan
+    sphere_step_(*arguments, **options)
+    assert arguments[0].isnan().any(-1).tolist() == [False, True, False]
+
+
+def test_every_row_has_its_own_step(lane):
+    """Rows that started at different steps, as if each were alone."""
+    steps = torch.tensor([[1.0], [7.0], [300.0]], device=lane)
+    arguments, options = problem(3, 127, lane, beta=0.999)
+    arguments[4] = torch.full((3, 2), torch.nan, device=lane)[:, 1:].copy_(steps)
+    alone = [[t[k : k + 1].clone() for t in (*arguments[:4], steps)] + arguments[5:] for k in range(3)]
+    for each in alone:
+        sphere_step_(*each[:4], each[4].reshape(()), each[5], **options)
+    check(arguments, options)
+    torch.testing.assert_close(arguments[0], torch.cat([each[0] for each in alone]))
 
 
 def test_overflow_skips_exactly(lane):
@@ -244,6 +267,7 @@ def test_meta_device_reads_nothing_back():
         (2, None, "kappa needs mu"),
         (3, torch.ones(3, 1), "second_moment goes with"),
         (4, torch.ones(2), "step must be one"),
+        (4, torch.ones(2, 1), "step must be one"),
         (5, torch.ones((), device="meta"), "lr must be one float32"),
     ],
 )

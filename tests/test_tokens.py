@@ -1,12 +1,23 @@
 """TokenEmbedding in real transformers text encoders and tokenizers."""
 
+import copy
+import gc
+import io
+import warnings
+import weakref
+
+import encoders
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dti_fast import TokenEmbedding, sphere
 from dti_fast.errors import UserError
+from dti_fast.tokens import cross_init, initial_magnitudes
+
+OTHERS = ("gemma", "qwen", "t5")
 
 
 @pytest.fixture
@@ -136,6 +147,7 @@ def test_hidden_states_equal_a_stock_pipeline_that_loaded_the_file(encoder, tiny
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:a prompt has '<x>' without its other vectors")
 @pytest.mark.parametrize("other_concept", [False, True])
 def test_the_gradient_of_a_learned_magnitude(encoder, other_concept):
     """Against autograd through the plain formula e = m0 exp(s) v, at s != 0, in a text encoder of float64."""
@@ -186,3 +198,308 @@ def test_a_learned_magnitude_stays_float32_too(encoder):
     text_encoder.to(torch.bfloat16)
     assert torch.equal(embedding.magnitudes, before)
     assert embedding.log_scales.dtype == torch.float32
+
+
+# Saving and copying
+
+
+def words(text_encoder, tokenizer, text="a photo of a dog on grass"):
+    """The last hidden state for a prompt of any tokenizer."""
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    return getattr(text_encoder, "model", text_encoder)(ids).last_hidden_state
+
+
+@pytest.mark.parametrize("concepts", [1, 2])
+@pytest.mark.parametrize("name", ["clip", *OTHERS])
+def test_a_model_saved_with_a_concept_loads_as_the_plain_one(encoder, tmp_path, name, concepts):
+    """Before, its words were drawn anew."""
+    text_encoder, tokenizer = encoder if name == "clip" else encoders.make(name)
+    expected = words(text_encoder, tokenizer)
+    for i in range(concepts):
+        TokenEmbedding.install(text_encoder, tokenizer, f"<x{i}>", init="dog")
+    text_encoder.save_pretrained(tmp_path)
+    loaded = type(text_encoder).from_pretrained(tmp_path).eval()
+    _, tokenizer = encoder if name == "clip" else encoders.make(name)
+    torch.testing.assert_close(words(loaded, tokenizer), expected, rtol=1e-5, atol=1e-5)
+    assert not isinstance(loaded.get_input_embeddings(), TokenEmbedding)
+
+
+def test_a_state_dict_goes_from_one_model_with_concepts_to_another(tiny_pipelines):
+    def make(init):
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipelines["sd15"])
+        for i, word in enumerate(init):
+            TokenEmbedding.install(pipeline.text_encoder, pipeline.tokenizer, f"<x{i}>", init=word)
+        return pipeline.text_encoder, pipeline.tokenizer
+
+    (one, tokenizer), (other, _), (plain, _) = make(("dog", "cat")), make(("red", "tree")), make(())
+    one.get_input_embeddings().stock.weight.data += 1
+    other.load_state_dict(one.state_dict())
+    prompt = "a <x0> and a <x1>"
+    assert torch.equal(hidden(one, tokenizer, prompt), hidden(other, tokenizer, prompt))
+    lacking, beyond = plain.load_state_dict(one.state_dict(), strict=False)
+    assert not lacking and beyond and all("learned" in k or "mu" in k or "magnitudes" in k for k in beyond)
+    assert torch.equal(hidden(one, tokenizer, "a dog"), hidden(plain, tokenizer, "a dog"))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        one.load_state_dict(plain.state_dict())
+
+
+def test_a_copy_of_a_concept_leaves_the_text_encoder_alone(encoder):
+    text_encoder, tokenizer = encoder
+    embedding = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog")
+    buffer = io.BytesIO()
+    torch.save(embedding, buffer)
+    buffer.seek(0)
+    for clone in (copy.deepcopy(embedding), torch.load(buffer, weights_only=False)):
+        assert torch.equal(clone.vectors(), embedding.vectors()) and clone.rows is not embedding.rows
+        ids = torch.tensor([[1, embedding.first_id]])
+        assert torch.equal(clone(ids), embedding(ids))
+        with pytest.raises(RuntimeError, match="is a copy"):
+            clone.uninstall()
+        watch = weakref.ref(clone)
+        held = [o for o in gc.get_referents(*gc.get_referents(clone), clone) if o is text_encoder or o is tokenizer]
+        assert not held and watch() is clone
+    embedding.uninstall()
+
+
+def test_a_copy_of_a_text_encoder_has_its_own_concept(encoder):
+    text_encoder, tokenizer = encoder
+    embedding = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog cat")
+    teacher = copy.deepcopy(text_encoder)
+    theirs = teacher.get_input_embeddings()
+    with torch.no_grad():
+        embedding.rows.neg_()
+    assert torch.equal(theirs.rows, -embedding.rows)
+    embedding.uninstall()
+    assert len(tokenizer("<x>", add_special_tokens=False).input_ids) == 1  # the copy still uses it
+    theirs.uninstall()
+    assert isinstance(teacher.get_input_embeddings(), torch.nn.Embedding)
+    assert len(tokenizer("<x>", add_special_tokens=False).input_ids) > 1
+
+
+# Several text encoders, several concepts
+
+
+def test_text_encoders_may_share_a_tokenizer(tiny_pipelines):
+    folder = tiny_pipelines["sd15"]
+    first, second = (CLIPTextModel.from_pretrained(folder / "text_encoder") for _ in range(2))
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    before = tokenizer("a <x> <y>").input_ids
+    one, other = (TokenEmbedding.install(e, tokenizer, "<x>", init="dog") for e in (first, second))
+    assert torch.equal(hidden(first, tokenizer, "a <x>"), hidden(second, tokenizer, "a <x>"))
+    with pytest.raises(UserError, match="word of this model already"):
+        TokenEmbedding.install(second, tokenizer, "<x>", init="dog")
+    with pytest.raises(UserError, match="word of this model already"):
+        one.uninstall()
+        TokenEmbedding.install(first, tokenizer, "<x>", init="dog cat")  # the other has one vector
+    third = TokenEmbedding.install(first, tokenizer, "<y>", init="cat")
+    other.uninstall()
+    ids = tokenizer("a <x> <y>", return_tensors="pt").input_ids
+    assert ids[0, 3] == third.first_id
+    torch.testing.assert_close(first.get_input_embeddings()(ids)[0, 3], third.vectors()[0])
+    third.uninstall()
+    assert tokenizer("a <x> <y>").input_ids == before
+
+
+@pytest.mark.parametrize("magnitude", ["class", "mean"])
+def test_a_concept_may_start_at_another(encoder, magnitude):
+    text_encoder, tokenizer = encoder
+    first = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog cat", magnitude="class")
+    with torch.no_grad():
+        first.rows.copy_(torch.nn.functional.normalize(torch.randn_like(first.rows), dim=-1))
+    start = cross_init(text_encoder, tokenizer, "red <x>")
+    torch.testing.assert_close(start, words(text_encoder, tokenizer, first.expand("red <x>"))[0, 1:4])
+    second = TokenEmbedding.install(text_encoder, tokenizer, "<y>", init="<x>", magnitude=magnitude)
+    torch.testing.assert_close(second.rows, first.rows)
+    if magnitude == "class":
+        torch.testing.assert_close(second.magnitudes, first.magnitudes)
+    third = TokenEmbedding.install(text_encoder, tokenizer, "<z>", init="red <y> <x>")
+    assert third.tokens == ["<z>", *(f"<z>_{i}" for i in range(1, 5))]
+    torch.testing.assert_close(third.rows[1:], torch.cat((first.rows, first.rows)))
+
+
+def test_a_word_that_the_text_encoder_does_not_have_is_told(tiny_pipelines):
+    folder = tiny_pipelines["sd15"]
+    first, second = (CLIPTextModel.from_pretrained(folder / "text_encoder") for _ in range(2))
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    TokenEmbedding.install(first, tokenizer, "<x>", init="dog")
+    with pytest.raises(UserError, match="no embedding of the initializer's token"):
+        TokenEmbedding.install(second, tokenizer, "<y>", init="<x>")
+
+
+# Several vectors
+
+
+def test_a_prompt_with_one_of_several_vectors_is_told(encoder):
+    text_encoder, tokenizer = encoder
+    embedding = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog cat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompt in ("a <x> <x>_1", embedding.expand("a <x> and <x>"), "a dog"):
+            hidden(text_encoder, tokenizer, prompt)
+        embedding.vectors()
+    for prompt in ("a <x>", "<x> <x>_1 <x>"):
+        with pytest.warns(UserWarning, match="'<x>' without its other vectors, up to '<x>_1'"):
+            hidden(text_encoder, tokenizer, prompt)
+
+
+def test_where_ids_cannot_be_looked_at_the_device_remembers(encoder, monkeypatch):
+    text_encoder, tokenizer = encoder
+    embedding = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog cat")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedding(tokenizer("a <x>", return_tensors="pt").input_ids)
+        embedding(tokenizer(embedding.expand("a <x>"), return_tensors="pt").input_ids)
+    with pytest.warns(UserWarning, match="without its other vectors"):
+        embedding.vectors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embedding.vectors()
+    assert "incomplete" not in embedding.state_dict()
+
+
+def test_nothing_in_a_forward_pass_reads_the_device(encoder):
+    text_encoder, tokenizer = encoder
+    for i, placeholder in enumerate(("<x>", "<y>")):
+        TokenEmbedding.install(text_encoder, tokenizer, placeholder, init="dog cat", num_vectors=3 - i)
+    text_encoder.to("meta")
+    ids = tokenizer("a <x> <y>", return_tensors="pt").input_ids.to("meta")
+    text_encoder(ids).last_hidden_state.sum().backward()
+
+
+def test_prompts_are_expanded_once(encoder, tiny_pipelines):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipelines["sd15"])
+    tokenizer = pipeline.tokenizer
+    embedding = TokenEmbedding.install(pipeline.text_encoder, tokenizer, "<x>", init="dog cat red")
+    single = TokenEmbedding.install(pipeline.text_encoder, tokenizer, "<y>", init="dog")
+    prompt = "a photo of <x>, and a <y> with <x>"
+    by_hand = prompt.replace("<x>", "<x> <x>_1 <x>_2")
+
+    def rows(text):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        return pipeline.text_encoder.get_input_embeddings()(ids)
+
+    expected = rows(by_hand)
+    once = embedding.expand(prompt)
+    texts = [once, embedding.expand(once), embedding.expand(by_hand), single.expand(once)]
+    texts += [pipeline.maybe_convert_prompt(text, tokenizer) for text in (prompt, once)]
+    for text in texts:
+        assert torch.equal(rows(text), expected)
+    rows(once).sum().backward()
+    ours, embedding.rows.grad = embedding.rows.grad, None
+    expected.sum().backward()
+    assert torch.equal(ours, embedding.rows.grad) and (ours != 0).any(-1).all()
+    assert single.expand("a <y>") == "a <y>"
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_float64_text_encoders_and_int32_ids(encoder, concepts):
+    text_encoder, tokenizer = encoder
+    embeddings = [TokenEmbedding.install(text_encoder, tokenizer, f"<x{i}>", init="dog cat") for i in range(concepts)]
+    text_encoder.double()
+    ids = tokenizer("a <x0> <x0>_1 red", return_tensors="pt").input_ids
+    out = text_encoder(ids.int()).last_hidden_state
+    assert out.dtype == torch.float64 and torch.equal(out, text_encoder(ids).last_hidden_state)
+    rows = text_encoder.get_input_embeddings()(ids)
+    torch.testing.assert_close(rows[0, 2:4], embeddings[0].vectors().double(), rtol=1e-6, atol=0)
+    assert torch.equal(rows[0, 4], embeddings[0].weight[ids[0, 4]])
+    rows.backward(torch.ones_like(rows))
+    expected = embeddings[0].magnitudes.expand(2, rows.shape[-1])
+    torch.testing.assert_close(embeddings[0].rows.grad, expected)
+
+
+# Other text encoders
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_words_stay_bit_for_bit(name, dtype):
+    """Gemma's embedding multiplies by the root of the width."""
+    text_encoder, tokenizer = encoders.make(name)
+    text_encoder.to(dtype)
+    module, expected = text_encoder.get_input_embeddings(), words(text_encoder, tokenizer)
+    first = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog")
+    second = TokenEmbedding.install(text_encoder, tokenizer, "<y>", init="cat")
+    assert torch.equal(words(text_encoder, tokenizer), expected)
+    second.uninstall(), first.uninstall()
+    assert text_encoder.get_input_embeddings() is module
+    assert torch.equal(words(text_encoder, tokenizer), expected)
+
+
+@pytest.mark.parametrize("phrase", ["dog", "red dog"])
+@pytest.mark.parametrize("name", ["clip", *OTHERS])
+def test_an_untrained_concept_is_its_initial_phrase(encoder, name, phrase):
+    """As it stands in a prompt: after a space, which belongs to the word in some tokenizers."""
+    text_encoder, tokenizer = encoder if name == "clip" else encoders.make(name)
+    expected = words(text_encoder, tokenizer, f"a photo of a {phrase} on grass")
+    embedding = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init=phrase, magnitude="class")
+    assert len(embedding.tokens) == len(phrase.split())
+    for spelled in (embedding.expand("<x>"), " ".join(embedding.tokens)):
+        prompt = f"a photo of a {spelled} on grass"
+        torch.testing.assert_close(words(text_encoder, tokenizer, prompt), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cross_initialization_finds_the_phrase_in_every_tokenizer(encoder):
+    for text_encoder, tokenizer, start in ((*encoder, 1), (*encoders.make("gemma"), 1), (*encoders.make("t5"), 0)):
+        rows = cross_init(text_encoder, tokenizer, "red dog")
+        assert torch.equal(rows, words(text_encoder, tokenizer, " red dog")[0, start : start + 2])
+
+
+def test_rows_behind_the_words_count_in_no_statistic():
+    text_encoder, tokenizer = encoders.make("qwen")
+    table = text_encoder.get_input_embeddings().weight
+    known = len(tokenizer)
+    with torch.no_grad():
+        table[known:] *= 1000
+    norms = table[:known].double().norm(dim=-1)
+    for magnitude, expected in (("mean", norms.mean()), ("max", norms.max()), ("min", norms.min())):
+        embedding = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog", magnitude=magnitude)
+        assert embedding.magnitudes.item() == pytest.approx(expected.item(), rel=1e-6)
+        embedding.train_magnitude()
+        assert embedding.log_norm_statistics[0].item() == pytest.approx(norms.log().mean().item(), rel=1e-4)
+        embedding.uninstall()
+    assert initial_magnitudes(table, None, table[:1], "max").item() > 100 * norms.max()
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused(encoder):
+    class Shifted(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) + 1
+
+    text_encoder, tokenizer = encoder
+    text_encoder.set_input_embeddings(Shifted(*text_encoder.get_input_embeddings().weight.shape))
+    with pytest.raises(UserError, match="Shifted does more than to look up rows"):
+        TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog")
+    assert len(tokenizer("<x>", add_special_tokens=False).input_ids) > 1
+
+
+def test_pooling_at_the_placeholder_is_told(tiny_pipelines):
+    """SDXL's second text encoder says `eos_token_id: 2`, as the published one does."""
+
+    def load(cls, family, number=""):
+        folder = tiny_pipelines[family]
+        encoder = cls.from_pretrained(folder / f"text_encoder{number}")
+        return encoder, CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}")
+
+    text_encoder, tokenizer = load(CLIPTextModelWithProjection, "sdxl", "_2")
+    with pytest.warns(UserWarning, match=r"text_encoder\.text_model\.eos_token_id = tokenizer\.eos_token_id") as told:
+        embedding = TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog")
+    embedding.uninstall()
+    exec(str(told[0].message).rpartition(": ")[2])  # the cure, as it stands there
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TokenEmbedding.install(text_encoder, tokenizer, "<x>", init="dog")
+        TokenEmbedding.install(*load(CLIPTextModel, "sd15"), "<x>", init="dog")
+
+    def pooled(text):
+        return text_encoder(tokenizer(text, padding="max_length", return_tensors="pt").input_ids).text_embeds
+
+    assert not torch.equal(pooled("<x>"), pooled("<x> in the snow"))
+
+
+def test_a_slow_tokenizer_is_refused(encoder):
+    with pytest.raises(UserError, match="load the fast tokenizer"):
+        TokenEmbedding.install(encoder[0], object(), "<x>", init="dog")

@@ -61,7 +61,9 @@ void sphere_step_(
   if (found_inf && *floats(found_inf) != 0) return;
   const int64_t K = p.size(0), D = p.size(1);
   const SphereStep options(kappa, beta, eps);
-  const float rate = *floats(lr), count = *floats(step);
+  const float rate = *floats(lr);
+  const float* const counts = floats(step);
+  const int64_t count_stride = step.dim() == 2 ? step.stride(0) : 0;
   const float inverse_scale = grad_scale ? 1 / *floats(grad_scale) : 1.0f;
   const bool prior = mu && kappa != 0;
   const Row grad_row = first_row(grad), mu_row = prior ? first_row(*mu) : Row{};
@@ -81,14 +83,19 @@ void sphere_step_(
         team.each([&](int64_t i) { row[i] = from[i]; });
       });
       with_pointer(grad_row.at(k, grad_stride), [&](auto from) {
-        if (!prior) return team.each([&](int64_t i) { g[i] = with_prior(from[i], inverse_scale, 0, 0); });
-        with_pointer(mu_row.at(k, mu_stride), [&](auto mean) {
-          team.each([&](int64_t i) { g[i] = with_prior(from[i], inverse_scale, options.kappa, mean[i]); });
-        });
+        team.each([&](int64_t i) { g[i] = from[i]; });
       });
       float unused = 0;
       float& nu = nu_data ? nu_data[k * nu_stride] : unused;
-      if (!sphere_step(team, row, g, nu, options, rate, count)) continue;
+      bool moved = false;
+      const auto step_along = [&](auto mean) {
+        moved = sphere_step(team, row, g, mean, nu, options, inverse_scale, rate, counts[k * count_stride]);
+      };
+      if (prior)
+        with_pointer(mu_row.at(k, mu_stride), [&](auto mean) { step_along([=](int64_t i) -> float { return mean[i]; }); });
+      else
+        step_along([](int64_t) { return 0.0f; });
+      if (!moved) continue;
       if (p_column == 1)
         std::copy(row, row + D, home);
       else

@@ -45,7 +45,9 @@ struct Arguments {
   int64_t mu_stride;
   float* nu;  // [K, 1] or null
   int64_t nu_stride;
-  const float *step, *lr, *grad_scale, *found_inf;  // the last two may be null
+  const float* step;  // one number or [K, 1]
+  int64_t step_stride;
+  const float *lr, *grad_scale, *found_inf;  // the last two may be null
   int64_t D;
   SphereStep options;
 };
@@ -64,10 +66,15 @@ __global__ void __launch_bounds__(1024) sphere_step_kernel(const Arguments a) {
   team.each([&](int64_t i) {
     const int64_t d = threadIdx.x + i * blockDim.x;
     p[i] = d < a.D ? home[d * a.p_column] : 0.0f;
-    g[i] = d < a.D ? with_prior(grad[d], inverse_scale, a.options.kappa, a.mu.data ? mu[d] : 0.0f) : 0.0f;
+    g[i] = d < a.D ? grad[d] : 0.0f;
   });
   float nu = a.nu ? a.nu[k * a.nu_stride] : 0.0f;
-  const bool moved = sphere_step(team, p, g, nu, a.options, *a.lr, *a.step);
+  const auto mean = [&](int64_t i) {
+    const int64_t d = threadIdx.x + i * blockDim.x;
+    return a.mu.data && d < a.D ? mu[d] : 0.0f;
+  };
+  const float count = a.step[k * a.step_stride];
+  const bool moved = sphere_step(team, p, g, mean, nu, a.options, inverse_scale, *a.lr, count);
   if (moved)
     team.each([&](int64_t i) {
       const int64_t d = threadIdx.x + i * blockDim.x;
@@ -97,7 +104,7 @@ void sphere_step_(
       first_row(grad), grad.stride(0),
       prior ? first_row(*mu) : Row{}, prior ? mu->stride(0) : 0,
       second_moment ? floats(*second_moment) : nullptr, second_moment ? second_moment->stride(0) : 0,
-      floats(step), floats(lr), floats(grad_scale), floats(found_inf),
+      floats(step), step.dim() == 2 ? step.stride(0) : 0, floats(lr), floats(grad_scale), floats(found_inf),
       D, SphereStep(kappa, beta, eps)};
 
   const torch::stable::accelerator::DeviceGuard guard(p.get_device_index());

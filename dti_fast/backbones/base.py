@@ -64,7 +64,8 @@ def diffusion_path(scheduler) -> Path:
 
     config = scheduler.config
     name = type(scheduler).__name__
-    if "beta_start" not in config or name.startswith("EDM") or config.get("use_flow_sigmas"):
+    edm = name.startswith("EDM") or config.get("timestep_type") == "continuous"
+    if "beta_start" not in config or edm or config.get("use_flow_sigmas"):
         raise UserError(f"this model's noise process ({name}) is none that can be trained: a DDPM's is")
     ddpm = DDPMScheduler.from_config(config)
     kind, alphas = ddpm.config.prediction_type, ddpm.alphas_cumprod.float()

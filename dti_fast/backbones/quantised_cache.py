@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dti_fast import __version__
-from dti_fast.backbones.components import build_model, component_names
+from dti_fast.backbones.components import build_model, component_names, read_index, weight_files
 from dti_fast.errors import UserError
 from dti_fast.files import read_tensors, write_tensors
 from dti_fast.frozen.quantise import quantise_frozen
@@ -18,7 +18,7 @@ from dti_fast.frozen.quantise import quantise_frozen
 _SAMPLE = 1024  # bytes
 
 
-def cached_file(cache: Path, source: Path, precision: str, dtype: torch.dtype) -> Path:
+def cached_file(cache: Path, source: Path, precision: str, dtype: torch.dtype, variant: str | None = None) -> Path:
     """Where `cache` keeps this model in this form, there or not.
 
     The name carries a hash of the weights' safetensors headers and of three samples of every tensor, and of the
@@ -26,6 +26,7 @@ def cached_file(cache: Path, source: Path, precision: str, dtype: torch.dtype) -
 
     Args:
         source: a diffusers folder or a .safetensors file.
+        variant: which weights of a folder are loaded.
 
     Raises:
         UserError: if the folder cannot be written or is the hub's own, or the weights are no safetensors.
@@ -33,7 +34,7 @@ def cached_file(cache: Path, source: Path, precision: str, dtype: torch.dtype) -
     _check_folder(cache)
     files = [source]
     if source.is_dir():
-        files = [path for name in _quantised(_index(source)) for path in sorted((source / name).glob("*.safetensors"))]
+        files = [path for name in _quantised(read_index(source)) for path in weight_files(source / name, variant)]
     if not files:
         raise UserError(f"--quantised_cache: {str(source)!r} holds no .safetensors weights")
     import diffusers
@@ -70,7 +71,7 @@ def read_quantised(path: Path, configs: Path, precision: str) -> dict[str, nn.Mo
     from accelerate import init_empty_weights
 
     tensors, _ = read_tensors(path)
-    index, models = _index(configs), {}
+    index, models = read_index(configs), {}
     for name in _quantised(index):
         state = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         if not state:
@@ -82,10 +83,6 @@ def read_quantised(path: Path, configs: Path, precision: str) -> dict[str, nn.Mo
         model.load_state_dict(state, assign=True)
         models[name] = model
     return models
-
-
-def _index(folder: Path) -> dict:
-    return json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
 
 
 def _quantised(components: Mapping) -> list[str]:

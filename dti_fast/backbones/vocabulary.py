@@ -7,9 +7,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dti_fast.backbones.components import component_names
+from dti_fast.backbones.components import component_names, load_part, reason
 from dti_fast.backbones.configs import config_folder
-from dti_fast.backbones.load import check_model, identify, source_of
+from dti_fast.backbones.load import check_model, fetch, identify, index_of, locate
 from dti_fast.errors import UserError
 from dti_fast.quiet import quiet_libraries
 
@@ -45,33 +45,47 @@ class Vocabulary:
 
 
 @quiet_libraries()
-def load_vocabularies(name: str) -> list[Vocabulary]:
+def load_vocabularies(name: str, *, variant: str | None = None) -> list[Vocabulary]:
     """The vocabulary of every text encoder of a diffusers folder, hub id or single file, in the model's order.
+
+    Rows that no token has, which some vocabularies have at their end, are left out.
+
+    Args:
+        variant: as for `load_backbone`.
 
     Raises:
         UserError: if the model cannot be found or read.
     """
     check_model(name)
-    from diffusers import DiffusionPipeline
     from transformers import CLIPTokenizer
 
-    source = source_of(name)
-    try:
-        if Path(source).is_file():
-            folder = config_folder(identify(Path(source)))
-            tokenizers = [CLIPTokenizer.from_pretrained(path) for path in sorted(folder.glob("tokenizer*"))]
+    source = locate(name)
+    if Path(source).is_file():
+        folder = config_folder(identify(Path(source)))
+        tokenizers = [CLIPTokenizer.from_pretrained(path) for path in sorted(folder.glob("tokenizer*"))]
+        try:
             with safe_open(source, framework="pt") as file:
                 keys = sorted(key for key in file.keys() if key.endswith("token_embedding.weight"))  # noqa: SIM118
                 weights = [file.get_tensor(key) for key in keys]
-        else:
-            index = DiffusionPipeline.load_config(source)
-            names = component_names(index)
-            wanted = {"scheduler", *names.text_encoders, *names.tokenizers}
-            unneeded = {part: None for part, value in index.items() if isinstance(value, list) and part not in wanted}
-            pipeline = DiffusionPipeline.from_pretrained(source, **unneeded)
-            tokenizers = [getattr(pipeline, part) for part in names.tokenizers]
-            weights = [getattr(pipeline, part).get_input_embeddings().weight.detach() for part in names.text_encoders]
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"the model {name!r} cannot be loaded: {reason}") from error
-    return [Vocabulary(tokenizer, weight.float()) for tokenizer, weight in zip(tokenizers, weights, strict=True)]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the model {name!r} cannot be read: {reason(error)}") from None
+        if len(weights) != len(tokenizers):
+            raise UserError(
+                f"the model {name!r} is incomplete: it has {len(weights)} vocabularies of {len(tokenizers)}"
+            )
+    else:
+        index = index_of(source)
+        names = component_names(index)
+        if any(index.get(part) in (None, [None, None]) for part in names.tokenizers):
+            raise UserError(f"the model {name!r} has a text encoder without a tokenizer")
+        folder, variant = fetch(source, index, variant, (*names.text_encoders, *names.tokenizers))
+        pairs = [
+            [load_part(folder, part, index[part], torch.float32, variant) for part in pair]
+            for pair in zip(names.text_encoders, names.tokenizers, strict=True)
+        ]
+        tokenizers = [tokenizer for _, tokenizer in pairs]
+        weights = [text_encoder.get_input_embeddings().weight.detach() for text_encoder, _ in pairs]
+    return [
+        Vocabulary(tokenizer, weight[: len(tokenizer)].float())
+        for tokenizer, weight in zip(tokenizers, weights, strict=True)
+    ]

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from dti_fast.drawing import DrawSettings, check_picture_path, grid, save_picture
 from dti_fast.errors import UserError
 from dti_fast.formats import read_embeddings, token_names
-from dti_fast.pipelines import load_lora, load_vectors
+from dti_fast.pipelines import find_lora, load_lora, load_vectors
 
 Repeated = Parameter(consume_multiple=False)
 
@@ -55,12 +55,12 @@ def generate(
     for path, token, (vectors, _) in zip(embeddings, tokens, concepts, strict=True):
         pooling = "eos" if "eos" in poolings else "reference"
         load_vectors(backbone.pipeline, vectors, token, pooling=pooling, source=str(path))
-    folders = {
-        path if path.is_dir() else path.parent: metadata
-        for path, (_, metadata) in zip(embeddings, concepts, strict=True)
-    }
-    for folder, metadata in folders.items():
-        if not load_lora(backbone.pipeline, folder) and metadata.get("lora_rank", "0") != "0":
+    loras = {find_lora(path): path for path in embeddings}  # two files may share one
+    for file, path in loras.items():
+        if file is not None:
+            load_lora(backbone.pipeline, path)
+    for path, (_, metadata) in zip(embeddings, concepts, strict=True):
+        if metadata.get("lora_rank", "0") != "0" and find_lora(path) is None:
             warnings.warn(f"the LoRA that was learned with {metadata['token']} does not lie beside it", stacklevel=2)
     count = settings.num_images or 4
     rows = list(zip(prompts, settings.draw(backbone, prompts, count), strict=True))

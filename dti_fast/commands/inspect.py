@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dti_fast import sphere
-from dti_fast.backbones.load import BUNDLED
+from dti_fast.backbones.load import is_at_hand, model_at_hand
 from dti_fast.backbones.vocabulary import Vocabulary, load_vocabularies
 from dti_fast.errors import UserError
 from dti_fast.formats import EmbeddingFile, read_embedding_file
@@ -84,8 +84,8 @@ def inspect(file: Path, *, pretrained_model_name_or_path: str | None = None, all
     path, model = file, pretrained_model_name_or_path
     content = read_embedding_file(path, allow_pickle=allow_pickle)
     named = content.metadata.get("base_model")
-    if model is None and named and (named in BUNDLED or Path(named).exists()):
-        model = named
+    if model is None and named and is_at_hand(named):
+        model = model_at_hand(named)
     vocabularies = None if model is None else load_vocabularies(model)
     reports = measure(content, vocabularies)
 

@@ -61,7 +61,7 @@ class EvaluateConfig:
 class Concept:
     """A learned concept and what it is compared with.
 
-    `folder` is where it lies, with the LoRA that was learned with it, if any.
+    `folder` is where it lies, or its file; a LoRA that was learned with it lies there too.
     """
 
     name: str
@@ -104,9 +104,7 @@ def read_concepts(paths: Sequence[Path], config: EvaluateConfig) -> list[Concept
             raise UserError(f"{str(path)!r} does not say what it is; give --class_word, such as dog")
         is_style = settings.get("learnable_property") == "style"
         concepts.append(
-            Concept(
-                name, folder, vectors, metadata, model, prediction_type, Path(pictures), masks, class_word, is_style
-            )
+            Concept(name, path, vectors, metadata, model, prediction_type, Path(pictures), masks, class_word, is_style)
         )
     return concepts
 

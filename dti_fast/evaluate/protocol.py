@@ -18,8 +18,7 @@ from dti_fast.errors import UserError
 from dti_fast.evaluate.concepts import Concept, EvaluateConfig
 from dti_fast.evaluate.scorers import SubjectScorer, TextScorer, masked, open_picture
 from dti_fast.files import hash_tensors, read_tensors
-from dti_fast.formats import lora_paths
-from dti_fast.pipelines import load_vectors, lora_of
+from dti_fast.pipelines import find_lora, load_vectors, lora_of
 from dti_fast.progress import phase, track
 
 PROMPT_FOLDER = Path(__file__).parent / "prompts"
@@ -59,8 +58,8 @@ def draw_missing(backbone, concept: Concept, token: str, sets: dict[str, list[st
     settings = {key: value for key, value in settings.items() if value is not None}
     folder = config.output_dir / "pictures" / concept.name
     folder.mkdir(parents=True, exist_ok=True)
-    lora, _ = lora_paths(concept.folder, "")
-    learned = [*concept.vectors, *(read_tensors(lora)[0].values() if lora.is_file() else ())]
+    lora = find_lora(concept.folder)
+    learned = [*concept.vectors, *(read_tensors(lora)[0].values() if lora else ())]
     origin = f"{hash_tensors(learned)} {concept.model} {concept.prediction_type} {sorted(settings.items())}"
     tasks = {}
     for set_name, prompts in sets.items():

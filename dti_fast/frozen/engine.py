@@ -16,12 +16,14 @@ def optimize_frozen(module: nn.Module, *, recompute: str | Mapping[str, str] = "
     """Make a frozen diffusion model or text encoder save only what its input gradients need, in place.
 
     Outputs and input gradients stay the same, up to rounding.  Frozen convolutions keep no input, GroupNorm with
-    SiLU keeps one tensor instead of two, GEGLU keeps its projection alone.  A module that does not behave as its class
-    says stays stock: one with trainable parameters of its own, with a `forward` of its own (hooks of accelerate and
-    diffusers for offloading set one) or with a parametrization; a subclass of a class that is known here is another
-    class.  `left_stock` names them, and for other reasons than training a warning gives their number.  Hooks that are
-    set afterwards, for offloading too, see what they see in the stock model, but for a model's last GroupNorm, which
-    gives the SiLU of its output.  Calling it again changes `recompute`, and leaves what has got a `forward` since.
+    SiLU keeps one tensor instead of two, GEGLU keeps its projection alone.
+
+    What does not behave as its class says stays stock: modules with trainable parameters of their own, with a `forward`
+    of their own, as hooks for offloading set it, or with a parametrization, and instances of subclasses.  `left_stock`
+    names the first three; of the second and third a warning gives the number.  Hooks see what they see in the stock
+    model.  Only those that are put on a UNet's `conv_norm_out` and `conv_act` afterwards see the SiLU in the norm.
+
+    Calling it again changes `recompute`; modules that have got a `forward` of their own since become stock.
 
     Args:
         module: a diffusers UNet or transformer or a text encoder of transformers, on any device, in any dtype.  On CUDA

@@ -3,9 +3,12 @@
     g  = grad / grad_scale - kappa mu
     g  = g - (g . p) p
     nu = beta nu + (1 - beta) |g|^2,  nu_hat = nu / (1 - beta^step)
-    p  = normalise(p - lr g / (sqrt(nu_hat) + eps)), or p itself where g = 0 or found_inf is set
+    p  = normalise(p - lr g / (sqrt(nu_hat) + eps)), or p itself where g = 0
 
-Shapes: p, grad, mu `[K, D]` with any strides; nu `[K, 1]`; step, lr, grad_scale, found_inf one number each.
+A row whose grad is zero throughout keeps p and nu, and so does every row where found_inf is set.
+
+Shapes: p, grad, mu `[K, D]` with any strides; nu `[K, 1]`; step one number or `[K, 1]`; lr, grad_scale, found_inf one
+number each.
 Dtypes: p, nu and the numbers float32; grad and mu float32, bfloat16 or float16; arithmetic float32.
 Launch: one program for every `rows` rows, each row whole in registers; `launch` is the fixed table.
 Bytes: p, grad, mu read once and p written once, the least possible: for float32 `16 K D`, without a prior `12 K D`.
@@ -27,7 +30,7 @@ def _sphere_step_kernel(
     grad_ptr,  # [K, D]
     mu_ptr,  # [K, D] or None
     moment_ptr,  # [K, 1] or None
-    step_ptr,
+    step_ptr,  # one number or [K, 1]
     lr_ptr,
     scale_ptr,  # or None
     found_ptr,  # or None
@@ -38,6 +41,7 @@ def _sphere_step_kernel(
     mu_row,
     mu_column,
     moment_row,
+    step_row,
     K,
     D,
     kappa,
@@ -57,6 +61,7 @@ def _sphere_step_kernel(
     p_at = p_ptr + row * p_row + column * p_column
     p = tl.load(p_at, mask=inside, other=0.0)
     g = tl.load(grad_ptr + row * grad_row + column * grad_column, mask=inside, other=0.0).to(tl.float32)
+    used = tl.sum((g != 0.0).to(tl.int32), axis=1, keep_dims=True) > 0  # [ROWS, 1]
     if scale_ptr is not None:
         g = g / tl.load(scale_ptr)
     if mu_ptr is not None:
@@ -64,7 +69,7 @@ def _sphere_step_kernel(
     g -= tl.sum(g * p, axis=1, keep_dims=True) * p
     norm_squared = tl.sum(g * g, axis=1, keep_dims=True)  # [ROWS, 1]
 
-    write = row < K
+    write = (row < K) & used
     if found_ptr is not None:
         # A block, because Triton's interpreter loses the type of a compared scalar.
         found = tl.load(found_ptr) + tl.zeros([ROWS, 1], tl.float32)
@@ -73,13 +78,14 @@ def _sphere_step_kernel(
         moment_at = moment_ptr + row * moment_row
         moment = beta * tl.load(moment_at, mask=row < K, other=1.0) + one_minus_beta * norm_squared
         tl.store(moment_at, moment, mask=write)
-        norm = tl.sqrt(moment / _one_minus_exp(tl.load(step_ptr) * log_beta))
+        step = tl.load(step_ptr + row * step_row, mask=row < K, other=1.0)
+        norm = tl.sqrt(moment / _one_minus_exp(step * log_beta))
     else:
         norm = tl.sqrt(norm_squared)
 
     moved = p - (tl.load(lr_ptr) / (norm + eps)) * g
     length = tl.sqrt(tl.sum(moved * moved, axis=1, keep_dims=True))
-    # A row that did not move, or lies beyond K, is not written: normalising again would change its last bits.
+    # A row that does not move is not written: normalising again would change its last bits.
     tl.store(p_at, moved / length, mask=inside & write & (norm_squared != 0.0))
 
 
@@ -131,6 +137,7 @@ def _arguments(
         p, grad, mu, second_moment, step, lr, scale, found,
         *p.stride(), *grad.stride(), *((0, 0) if mu is None else mu.stride()),
         0 if second_moment is None else second_moment.stride(0),
+        step.stride(0) if step.dim() == 2 else 0,
         *p.shape,
         kappa, beta, 1 - beta, math.log(beta) if beta > 0 else 0.0, eps,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from dti_fast.frozen.quantise import PRECISIONS
 from dti_fast.memory.estimator import Estimator
 from dti_fast.memory.plan import CUDA_CONTEXT, GIB, Plan
 
+SMALL_PICTURES = 1 << 18  # pixels of the pictures that are drawn together where nothing is planned
 LOWER = 0.9  # the next plan's step has at most this share of the peak of one that did not fit
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Budget:
     ):
         self._estimator, self._allowed, self._attention, self._say = estimator, allowed, attention, say
         self._plan: Plan | None = None
+        self._limit = limit or 0.0
         if limit is None:
             return
         try:
@@ -75,6 +77,12 @@ class Budget:
     def tiled_decoding(self) -> bool:
         """Whether previews are decoded in tiles."""
         return self._plan is not None and self._plan.tiled_decoding
+
+    def drawn_at_once(self, size: int) -> int:
+        """How many pictures of `size` pixels a preview draws in one batch; without a limit only small ones together."""
+        if self._plan is None:
+            return max(1, SMALL_PICTURES // size**2)
+        return 1 if self._plan.tiled_decoding else self._plan.drawn_at_once(self._limit)
 
     @contextmanager
     def encoding(self, backbone: Backbone) -> Iterator[None]:

@@ -103,6 +103,12 @@ class Plan:
         room = vram - MARGIN - parts["context"] - parts["weights"] - parts["text encoders"]
         return replace(self, encode_alone=parts["VAE encode"] > room, tiled_decoding=parts["preview"] > room)
 
+    def drawn_at_once(self, vram: float) -> int:
+        """How many pictures of a preview `vram` bytes have room for, at least one."""
+        parts = self.parts
+        rest = vram - MARGIN - parts["context"] - parts["weights"] - parts["text encoders"] - parts["preview"]
+        return 1 + max(0, int(rest / ((1 + FRAGMENTATION) * self.model.guidance)))
+
     def fits(self, vram: float) -> bool:
         return self.total <= vram - MARGIN
 

@@ -34,6 +34,8 @@ def model_key(folder: str | Path, dtype: torch.dtype) -> str | None:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             return None
+        if not isinstance(content, dict):
+            return None
         if path.parent.name.startswith(("scheduler", "safety_checker", "feature_extractor", "tokenizer")):
             continue
         kept = {key: value for key, value in content.items() if not key.startswith("_")}

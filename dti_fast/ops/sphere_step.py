@@ -19,7 +19,9 @@ def _check(p, grad, mu, second_moment, step, lr, *, kappa, beta, eps, grad_scale
         second_moment.shape != (shape[0], 1) or second_moment.dtype != torch.float32 or second_moment.device != device
     ):
         raise RuntimeError(f"second_moment must be float32 [{shape[0]}, 1] like p, got {describe(second_moment)}")
-    for name, scalar in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+    if (step.shape != (shape[0], 1) and step.numel() != 1) or step.dtype != torch.float32 or step.device != device:
+        raise RuntimeError(f"step must be one float32 number or [{shape[0]}, 1] on {device}, got {describe(step)}")
+    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
         if scalar is not None and (scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != device):
             raise RuntimeError(f"{name} must be one float32 number on {device}, got {describe(scalar)}")
     if mu is None and kappa != 0.0:
@@ -67,15 +69,17 @@ def sphere_step_(
 ) -> None:
     """Move unit rows `p` one step along the sphere, in place; nothing waits for the device.
 
-    The formula is `dti_fast.reference.sphere_step`'s.  A row whose projected gradient is zero keeps its bits.
+    The formula is `dti_fast.reference.sphere_step`'s.  A row whose loss gradient is exactly zero keeps its `p` and
+    `second_moment` bit for bit, whatever kappa is; one whose projected gradient is zero keeps its `p`.
 
     Args:
         p: float32 `[K, D]`, unit rows.
         grad: float32, bfloat16, float16 or float64 `[K, D]`, the loss gradient with respect to `p`; not modified.
         mu: `[K, D]` unit rows in any of these dtypes, the mean directions of the von Mises-Fisher prior, or None.
         second_moment: float32 `[K, 1]`, the running mean of squared row norms, in place; None when `beta` is 0.
-        step: one number, 1 at the first update.  This and `lr` are tensors of any dtype on p's device, as a CUDA graph
-            needs them, or numbers of the host's, which a replay would not change.
+        step: one number, 1 at the first update, or `[K, 1]`, 1 at the first update of each row.  This and `lr` are
+            tensors of any dtype on p's device, as a CUDA graph needs them, or numbers of the host's, which a replay
+            would not change.
         lr: one number; at `beta` 0 the tangent of the angle by which every row turns.
         kappa: concentration of the prior; enters before projection and normalisation.
         beta: decay of `second_moment`.

@@ -14,7 +14,7 @@ def sphere_step(
     grad: Tensor,  # [K, D] loss gradient with respect to p
     mu: Tensor | None,  # [K, D] unit rows, the prior's mean directions
     second_moment: Tensor | None,  # [K, 1] running mean of squared row norms; None when beta is 0
-    step: Tensor,  # scalar, 1 at the first update
+    step: Tensor,  # scalar or [K, 1], 1 at the first update (of the row)
     lr: Tensor,  # scalar
     *,
     kappa: float,
@@ -30,9 +30,13 @@ def sphere_step(
         nu = beta nu + (1 - beta) |g|^2,  nu_hat = nu / (1 - beta^step)
         p  = normalise(p - lr g / (sqrt(nu_hat) + eps))      retraction; a row with g = 0 stays as it is
 
+    A row whose loss gradient `grad` is exactly zero has no part in this step: its `p` and `second_moment` stay bit for
+    bit, whatever kappa is.  The formula alone would normalise -kappa mu to a full step, so that a concept that the
+    batch does not show would be forgotten.
     With `beta` 0 the step is g / (|g| + eps), so that a row with |g| far above eps turns by exactly arctan(lr).
     Source: arXiv 2512.13672, the method's update; the running mean is from its official code.
     """
+    used = (grad != 0).any(-1, keepdim=True)
     g = grad.to(p.dtype)
     if grad_scale is not None:
         g = g / grad_scale.to(p.dtype)
@@ -43,12 +47,12 @@ def sphere_step(
     if second_moment is None:
         new_moment, corrected = None, norm_squared
     else:
-        new_moment = beta * second_moment + (1 - beta) * norm_squared
+        new_moment = torch.where(used, beta * second_moment + (1 - beta) * norm_squared, second_moment)
         # expm1, because 1 - beta^step in float32 keeps only four digits of the first correction.
         corrected = new_moment / -torch.expm1(step.to(p.dtype) * math.log(beta))
     moved = p - lr.to(p.dtype) * g / (corrected.sqrt() + eps)
     # Normalising a row that did not move would still change its last bits.
-    new_p = torch.where(norm_squared == 0, p, moved / moved.norm(dim=-1, keepdim=True))
+    new_p = torch.where(used & (norm_squared != 0), moved / moved.norm(dim=-1, keepdim=True), p)
     if found_inf is not None:
         skip = found_inf != 0
         new_p = torch.where(skip, p, new_p)

@@ -8,32 +8,34 @@ from PIL import Image, ImageOps
 from dti_fast.backbones import Backbone
 from dti_fast.backbones.base import decode_in_tiles
 from dti_fast.data.folder import Picture
-from dti_fast.drawing import draw, grid, save_picture
+from dti_fast.drawing import grid, save_picture
+from dti_fast.memory.budget import Budget
 from dti_fast.trainer.config import Settings
 
 STEPS = 25  # of denoising
 
 
-def save_preview(
-    config: Settings, backbone: Backbone, pictures: list[Picture], path: Path, tiled_decoding: bool = False
-) -> None:
+def save_preview(config: Settings, backbone: Backbone, pictures: list[Picture], path: Path, budget: Budget) -> None:
     """The training pictures, then a row of generated ones for every prompt, the init word's first.
 
-    `tiled_decoding` needs less memory.
+    The pictures are drawn in batches, as many at once as the `budget` has room for.
     """
     prompts = config.validation_prompt or backbone.default_prompts(config.learnable_property)
-    backbone.vae.to(next(backbone.denoiser.parameters()).device)
-    rows = [("training pictures", [_centre_square(p.path) for p in pictures[:8]])]
     named = [prompt.replace("{}", config.placeholder_token) for prompt in prompts]
-    first = named[0].replace(config.placeholder_token, config.initializer_token)
-    with decode_in_tiles(backbone.vae) if tiled_decoding else nullcontext():
-        for prompt in (first, *named):
-            images = draw(
-                backbone, prompt, config.num_validation_images, config.seed, steps=STEPS, size=config.resolution
-            )
-            rows.append((prompt, images))
-    save_picture(grid(rows), path)
+    labels = [named[0].replace(config.placeholder_token, config.initializer_token), *named]
+    count, size = config.num_validation_images, config.resolution or backbone.default_resolution()
+    wanted = [(prompt, config.seed + i) for prompt in labels for i in range(count)]
+    backbone.vae.to(next(backbone.denoiser.parameters()).device)
+    drawn: list[Image.Image] = []
+    with decode_in_tiles(backbone.vae) if budget.tiled_decoding else nullcontext():
+        at_once = budget.drawn_at_once(size)
+        for first in range(0, len(wanted), at_once):
+            batch = wanted[first : first + at_once]
+            drawn += backbone.draw(*zip(*batch, strict=True), steps=STEPS, size=config.resolution)
     backbone.vae.to("cpu")
+    rows = [(label, drawn[i * count : (i + 1) * count]) for i, label in enumerate(labels)]
+    training = [_centre_square(p.path) for p in pictures[:8]]
+    save_picture(grid([("training pictures", training), *rows]), path)
 
 
 def _centre_square(path: Path) -> Image.Image:

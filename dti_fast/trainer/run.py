@@ -168,7 +168,7 @@ def run(
 
         def preview(name: str) -> Path:
             told.phase("drawing the preview")
-            save_preview(config, backbone, job.pictures, config.output_dir / name, budget.tiled_decoding)
+            save_preview(config, backbone, job.pictures, config.output_dir / name, budget)
             told.phase("")
             told.preview(step, config.output_dir / name)
             return config.output_dir / name
@@ -257,11 +257,11 @@ def run(
 
 
 def check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: list[TokenEmbedding]) -> None:
-    """Raise a UserError if a text encoder does not see the whole concept in a prompt."""
+    """Raise a UserError if a text encoder does not see the whole concept in a prompt that has it."""
     for (ids, _), embedding in zip(tokens, embeddings, strict=True):
         last_id = embedding.first_id + len(embedding.tokens) - 1
         for prompt, row in zip(prompts, ids.tolist(), strict=True):
-            if last_id not in row:
+            if embedding.placeholder in prompt and last_id not in row:
                 raise UserError(
                     f"the prompt {prompt[:40]!r}... is too long: the placeholder lies beyond the {len(row)} tokens "
                     "that the text encoder sees; shorten the caption"

@@ -50,13 +50,29 @@ def identify_single_file(path: str | os.PathLike) -> str:
     `OSError` when it cannot be read.
     """
     shapes = _tensor_shapes(Path(path))
+    if any(key.startswith(("edm_mean", "edm_std", "edm_vpred.")) for key in shapes):
+        raise ValueError(f"{path}: its noise process is EDM's; a DDPM's can be trained")
     for family, prefixes in _TEXT_ENCODERS.items():
         if _UNET_INPUT in shapes and all(any(key.startswith(p) for key in shapes) for p in prefixes):
-            channels = shapes[_UNET_INPUT][1]
+            channels = shapes[_UNET_INPUT][1] if len(shapes[_UNET_INPUT]) == 4 else 0
             if channels != 4:
                 raise ValueError(f"{path}: its UNet takes {channels} channels, text-to-image models take 4")
             return family
     raise ValueError(f"{path}: not a Stable Diffusion 1.x, 2.x or XL base checkpoint in the original layout")
+
+
+def noise_settings(path: str | os.PathLike) -> dict:
+    """What the marks in a single file say of its noise, as settings of a diffusers scheduler.
+
+    An empty tensor `v_pred` says that the model predicts v, `ztsnr` that the last step of the noise has no signal left;
+    pictures must then begin at that step.
+    """
+    keys, settings = _tensor_shapes(Path(path)), {}
+    if "v_pred" in keys:
+        settings["prediction_type"] = "v_prediction"
+    if "ztsnr" in keys:
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return settings
 
 
 @cache
@@ -89,6 +105,9 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         header = file.read(length) if length <= _LONGEST_HEADER else b""
     try:
-        return {name: entry["shape"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+        shapes = {name: entry["shape"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+        if any(not isinstance(n, int) for shape in shapes.values() for n in shape):
+            raise ValueError("a shape is no list of numbers")
+        return shapes
     except (ValueError, AttributeError, KeyError, TypeError):
         raise ValueError(f"{path}: not a safetensors file") from None
