@@ -54,7 +54,7 @@ def test_a_summary_names_what_is_used_and_what_is_not(told, tmp_path):
     folder = tmp_path / "pictures"
     (folder / "0.txt").write_text("a {}")
     (folder / "b.jpg").write_bytes(b"broken")
-    (folder / "10_sks").mkdir()
+    (folder / "notes.md").touch()
     (folder / ".hidden").touch()
     lines, found = told(captions=True, vectors=3, device="meta", train_batch_size=2, lr_scheduler="constant")
     assert found == []
@@ -68,7 +68,7 @@ def test_a_summary_names_what_is_used_and_what_is_not(told, tmp_path):
         assert line in lines.splitlines()
     (unused,) = (line for line in lines.splitlines() if line.startswith("not used: "))
     assert "b.jpg (" in unused
-    assert "10_sks (" in unused
+    assert "notes.md (" in unused
     assert "hidden" not in unused
     assert "0.txt" not in unused
 
