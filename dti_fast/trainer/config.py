@@ -60,7 +60,8 @@ class TrainConfig:
     placeholder_token: Annotated[str | None, Parameter(group=_essentials)] = None
     """The new word, bracketed and lower case. Default: `<concept>`."""
     initializer_token: Annotated[str | None, Parameter(group=_essentials)] = None
-    """A word or phrase for what the pictures show; its direction is the start and the prior's mean."""
+    """A word or phrase for what the pictures show; its direction is the start and the prior's mean. Needed with
+    pictures of your own."""
     resolution: Annotated[int | None, Parameter(group=_essentials)] = None
     """Side of the square training pictures in pixels. Default: the model's own."""
     max_train_steps: Annotated[int, Parameter(group=_essentials)] = 400
