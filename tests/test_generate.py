@@ -52,7 +52,7 @@ def test_refusals(concepts, tmp_path):
         generate(prompt=["a <a>"], embedding=[paths["a"], tmp_path / "c.safetensors"], output=output)
     metadata = {"token": "dog</w>", "base_model": str(paths)}
     write_single_file(tmp_path / "c.safetensors", [vectors["b"]], metadata)
-    with pytest.raises(UserError, match="there is no model"):
+    with pytest.raises(UserError, match="which is not on this machine"):
         generate(prompt=["a {}"], embedding=[tmp_path / "c.safetensors"], output=output)
     with pytest.raises(UserError, match="between 1 and 1000, got 1001"):
         settings = DrawSettings(num_inference_steps=1001)
