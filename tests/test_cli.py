@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
-from runs import dti_fast, train_arguments
+from runs import command, train_arguments
 from safetensors.torch import load_file
 from tiny import save_tiny_pipeline
 
@@ -33,7 +33,7 @@ TWO_ENCODERS = ["learned_embeds.safetensors", "learned_embeds_2.safetensors", "t
 )
 def test_train_then_generate(tiny_pipelines, pictures, tmp_path, family, settings, files):
     out = tmp_path / "out"
-    run = dti_fast(*train_arguments(tiny_pipelines[family], pictures, out, max_train_steps=12, **settings))
+    run = command(*train_arguments(tiny_pipelines[family], pictures, out, max_train_steps=12, **settings))
     assert run.returncode == 0, run.stderr
     assert sorted(p.name for p in out.glob("*.safetensors")) == sorted(files)
     assert "--embedding" in run.stdout
@@ -66,7 +66,7 @@ def test_train_then_generate(tiny_pipelines, pictures, tmp_path, family, setting
         preview = Image.open(out / "preview.png")
         assert preview.height == 3 * (128 + 20 + 6) + 6  # pictures, the initializer, one prompt
         picture = tmp_path / "p.png"
-        made = dti_fast("generate", "--embedding", out, "--prompt", "a photo of {}", "--output", picture,
+        made = command("generate", "--embedding", out, "--prompt", "a photo of {}", "--output", picture,
                         "--num_images", "1", "--num_inference_steps", "2")  # fmt: skip
         assert made.returncode == 0, made.stderr
         if family == "sd15":  # what stock diffusers draws
@@ -86,7 +86,7 @@ def test_real_vocabulary_captions_and_config_file(pictures, tmp_path):
         'placeholder_token = "<toy>"\ninitializer_token = "stuffed animal"\nmax_train_steps = 9\n'
         f'num_validation_images = 0\nseed = 3\noutput_dir = "{tmp_path / "out"}"\n'
     )
-    run = dti_fast("train", "--config", config, "--max-train-steps", "3", "--token_scale", "class")
+    run = command("train", "--config", config, "--max-train-steps", "3", "--magnitude", "class")
     assert run.returncode == 0, run.stderr
     resolved = tomllib.loads((tmp_path / "out" / "config.toml").read_text())
     assert (resolved["max_train_steps"], resolved["seed"], resolved["magnitude"]) == (3, 3, "class")
@@ -95,7 +95,7 @@ def test_real_vocabulary_captions_and_config_file(pictures, tmp_path):
     for key, encoder in (("clip_l", pipeline.text_encoder), ("clip_g", pipeline.text_encoder_2)):
         words = encoder.get_input_embeddings().weight[pipeline.tokenizer("stuffed animal").input_ids[1:3]]
         torch.testing.assert_close(learned[key].norm(dim=-1), words.norm(dim=-1), rtol=1e-5, atol=0)
-    again = dti_fast("train", "--config", tmp_path / "out" / "config.toml", "--output_dir", tmp_path / "again")
+    again = command("train", "--config", tmp_path / "out" / "config.toml", "--output_dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     repeated = load_file(tmp_path / "again" / "toy.safetensors")
     assert all(torch.equal(learned[k], repeated[k]) for k in learned)
@@ -104,7 +104,7 @@ def test_real_vocabulary_captions_and_config_file(pictures, tmp_path):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision(tiny_pipelines, pictures, tmp_path, precision):
     """A frozen model in 16 bits; the direction stays float32 and its norm exact."""
-    run = dti_fast(
+    run = command(
         *train_arguments(
             tiny_pipelines["sdxl"],
             pictures,

@@ -129,6 +129,7 @@ def test_found_beside_an_embedding(tiny_pipelines, tmp_path):
     backbone, lora = unet_and_lora(tiny_pipelines["sd15"])
     teach(lora)
     write_lora(tmp_path, "<x>", backbone.pipeline, lora, {})
+    write_embeddings(tmp_path, "<x>", [torch.randn(1, 32)], {"lora_rank": 4})
     for place in (tmp_path, tmp_path / "learned_embeds.safetensors"):
         stock = StableDiffusionPipeline.from_pretrained(tiny_pipelines["sd15"])
         assert load_lora(stock, place)

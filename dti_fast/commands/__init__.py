@@ -44,6 +44,8 @@ def make_app() -> "App":
     for position, (name, summary) in enumerate(COMMANDS.items()):
         app.command(f"dti_fast.commands.{name}:{name}", name=name, help=summary, sort_key=position)
 
+    for each in (app, app.meta):
+        each.suppress_keyboard_interrupt = False  # it would lose the number of the signal
     file = Group("Settings from a file", sort_key=1000)
 
     @app.meta.default
