@@ -10,10 +10,10 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dti_fast import sphere
 from dti_fast.ops import sphere_step_
+from dti_fast.ops._dispatch import has_values
 from dti_fast.reference.sphere_step import sphere_step
 
 _SINGLE_AND_DOUBLE = (torch.float32, torch.float64)
@@ -41,7 +41,7 @@ class _Spherical(torch.optim.Optimizer):
                 raise ValueError(f"{key} must lie in [0, 1), got {group[key]}")
         lr = group["lr"]
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # where nobody may read it
-        if not on_device and (not isinstance(lr, Tensor) or _has_values(lr)):
+        if not on_device and (not isinstance(lr, Tensor) or has_values(lr)):
             if not 0 <= float(lr) < math.inf:
                 raise ValueError(f"lr must be a number that is not negative, got {float(lr)}")
             if not isinstance(lr, Tensor) and 0 < lr < _SLOW:
@@ -112,14 +112,9 @@ class _Spherical(torch.optim.Optimizer):
                 self.state[p][key] = value.to(p.device)
 
 
-def _has_values(tensor: Tensor) -> bool:
-    """Whether numbers can be read; those of a model on the meta device or of fake tensors cannot."""
-    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
-
-
 def _check_unit(rows: Tensor, what: str) -> None:
     """Raise a ValueError that begins with `what` unless all rows have a norm of 1."""
-    if not _has_values(rows):
+    if not has_values(rows):
         return
     off = (torch.linalg.vector_norm(rows.detach(), dim=-1) - 1).abs().max().item()
     if not off < 1e-2:  # not a number is wrong, too

@@ -132,7 +132,7 @@ class Session:
             return [draw(self.backbone, prompt, count, seed, **settings) for prompt in prompts]
         if isinstance(concept, Result):
             token, vectors, folder = concept.placeholder, concept.vectors, concept.log_path.parent
-            pooling = "eos"
+            pooling = concept.pooling
         else:
             vectors, metadata = read_embeddings(Path(concept))
             token, folder, pooling = metadata["token"], Path(concept), metadata.get("pooling", "eos")

@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dti_fast import sphere
 from dti_fast.errors import UserError
 from dti_fast.ops import token_embed
+from dti_fast.ops._dispatch import has_values
 from dti_fast.reference import token_embed as reference
 
 MAGNITUDES = ("mean", "min", "max", "class")
@@ -123,7 +123,7 @@ class TokenEmbedding(nn.Module):
         if magnitude is not None:  # rows behind the tokenizer's words were never trained
             magnitudes = initial_magnitudes(module.weight[:first_id], init, initial, magnitude)
         self = cls(module, initial, magnitudes, first_id, tokens)
-        if _has_values(module.weight):
+        if has_values(module.weight):
             _check_same(self, module)
             _warn_of_pooling(text_encoder, tokenizer)
         if entry is None:
@@ -275,7 +275,7 @@ class TokenEmbedding(nn.Module):
         return re.sub(rf"{re.escape(self.placeholder)}(?!_\d)(\s*{rest}(?!\d))?", lambda _: spelled, prompt)
 
     def _tell_incomplete(self) -> None:
-        if len(self.tokens) > 1 and _has_values(self.incomplete) and self.incomplete:
+        if len(self.tokens) > 1 and has_values(self.incomplete) and self.incomplete:
             self.incomplete.zero_()
             warnings.warn(
                 f"a prompt has {self.placeholder!r} without its other vectors, up to {self.tokens[-1]!r}, which then "
@@ -411,11 +411,6 @@ def initial_magnitudes(vocabulary: Tensor, init, initial: Tensor, magnitude: str
             raise UserError(f"the magnitude must be positive, got {magnitude}")
         value = torch.tensor(float(magnitude), device=vocabulary.device)
     return value.expand(len(initial), 1).clone()
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether numbers can be read; those of a model on the meta device or of fake tensors cannot."""
-    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 @torch.no_grad()

@@ -50,12 +50,20 @@ def command(*arguments) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
+# What a run may have said when it is refused: its phases and summary, and warnings.
+SAID_BEFORE = (
+    "warning: ", "planning", "loading the model", "encoding the pictures", "model: ", "pictures: ", "not used: ",
+    "prompts: ", "concept: ", "steps: ", "step ", "resuming",
+)  # fmt: skip
+
+
 def refused(run, message, out=None):
     """Assert that a run of the command line ended with one clear line and exit code 2, and left no `out`."""
     assert run.returncode == 2, run.stderr
     lines = run.stderr.splitlines()
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], run.stderr
     assert message in lines[-1]
+    assert all(line.startswith(SAID_BEFORE) for line in lines[:-1]), run.stderr
     assert "Traceback" not in run.stderr
     assert out is None or not out.exists()
 

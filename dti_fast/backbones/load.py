@@ -206,7 +206,6 @@ def load_backbone(
         pipeline = _assembled(name, index, loaded, family.load_arguments)
     if prediction_type is not None:
         pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
-    pipeline.set_progress_bar_config(disable=True)
     backbone = family(pipeline)
     check_vocabularies(backbone, name)
     if quantise and not ready:

@@ -49,7 +49,6 @@ def skeleton(name: str, dtype: torch.dtype) -> Backbone:
             pipeline = assemble(index, parts, family.load_arguments)
     finally:
         torch.set_default_dtype(default_dtype)
-    pipeline.set_progress_bar_config(disable=True)
     backbone = family(pipeline)
     check_vocabularies(backbone, name)
     return backbone

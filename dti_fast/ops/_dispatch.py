@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -171,6 +172,11 @@ def backends() -> list[Serving]:
 def computed_in(tensor: torch.Tensor) -> torch.dtype:
     """float64 for a float64 tensor, float32 for any other."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether numbers can be read; those of a tensor on the meta device or of a fake one cannot."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 def describe(tensor: torch.Tensor) -> str:

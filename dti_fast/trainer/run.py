@@ -47,7 +47,7 @@ class Result:
     Attributes:
         embedding_paths, lora_paths, preview_path: the files of a finished run.
         log_path: log.jsonl.
-        placeholder: the new word.
+        placeholder, pooling: the new word, and where pooled text features are taken with it.
         vectors: float32 `[K, D]` for each text encoder, on the CPU.
         magnitudes: for each text encoder the mean norm of its vectors.
         steps: that were made, those before a resume included.
@@ -63,6 +63,7 @@ class Result:
     preview_path: Path | None
     log_path: Path
     placeholder: str
+    pooling: str
     vectors: list[Tensor]
     magnitudes: list[float]
     steps: int
@@ -244,6 +245,7 @@ def run(
             preview_path=preview_path,
             log_path=config.output_dir / "log.jsonl",
             placeholder=config.placeholder_token,
+            pooling=config.pooling,
             vectors=vectors,
             magnitudes=mean_norms(vectors),
             steps=step,
