@@ -2,13 +2,12 @@
 
 import math
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dti_fast.backbones import Backbone
-from dti_fast.data.folder import SUFFIXES, Picture
+from dti_fast.data.folder import Picture, ignored_files
 from dti_fast.tokens import TokenEmbedding
 from dti_fast.trainer.config import Settings
 from dti_fast.trainer.step import learning_rates
@@ -44,12 +43,13 @@ def summarise(
     size = f"{weights / 1e6:,.0f} million weights"
     lines = [
         f"model: {config.pretrained_model_name_or_path}, {size} in {precision} on {device}",
-        f"pictures: {len(pictures)} of {config.train_data_dir}, {side} x {side} pixels",
+        f"pictures: {len(pictures)} of {config.train_data_dir}, {side} x {side} pixels: "
+        f"{_some([picture.name for picture in pictures])}",
     ]
-    if unused := _unused(config.train_data_dir, pictures):
-        lines.append(f"not used: {_some(unused)}")
+    if ignored := ignored_files(config.train_data_dir, pictures):
+        lines.append(f"not used: {_some([f'{entry.name} ({entry.reason})' for entry in ignored])}")
     if captions:
-        lacking = [picture.path.name for picture in pictures if not picture.caption]
+        lacking = [picture.name for picture in pictures if not picture.caption]
         lines.append(f"prompts: the captions{f'; a template for {_some(lacking)}' if lacking else ''}")
     else:
         lines.append(f"prompts: templates for {'an object' if config.learnable_property == 'object' else 'a style'}")
@@ -62,25 +62,6 @@ def summarise(
         f"{config.effective_learning_rate:g}, {config.lr_scheduler}"
     )
     return "\n".join(lines)
-
-
-def _unused(folder: Path, pictures: list[Picture]) -> list[str]:
-    """The files of a folder that the run does not use, each with the reason; hidden ones are left out."""
-    used = {picture.path for picture in pictures} | {picture.path.with_suffix(".txt") for picture in pictures}
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path in used or path.name.startswith("."):
-            continue
-        if path.is_dir():
-            reason = "a folder; pictures in it are not used"
-        elif path.suffix.lower() in SUFFIXES:
-            reason = "cannot be read"
-        elif path.suffix.lower() == ".txt":
-            reason = "a caption of no picture"
-        else:
-            reason = "no picture that is read here"
-        found.append(f"{path.name} ({reason})")
-    return found
 
 
 def _some(names: list[str]) -> str:
@@ -97,7 +78,7 @@ def _warn(config: Settings, device: torch.device, weights: int, pictures: list[P
         )
     side = int(sizes[0, -1])
     small = [
-        f"{picture.path.name} ({width} x {height})"
+        f"{picture.name} ({width} x {height})"
         for picture, (height, width, *_) in zip(pictures, sizes.tolist(), strict=True)
         if min(height, width) < side
     ]
