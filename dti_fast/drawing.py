@@ -32,14 +32,14 @@ def save_picture(image: Image.Image, path: Path) -> None:
         image.save(temporary, format="PNG")
 
 
-def grid(rows: list[tuple[str, list[Image.Image]]], cell: int | None = 128, gap: int = 6) -> Image.Image:
-    """Labelled rows of pictures, each `cell` pixels wide; small ones are enlarged without smoothing.
+def grid(rows: list[tuple[str, list[Image.Image]]], largest: int | None = None, gap: int = 6) -> Image.Image:
+    """Labelled rows of square pictures, all as wide as the first, or `largest` pixels if that is less.
 
-    Without a `cell` they keep their size, within bounds.
+    Below 128 pixels they are enlarged, without smoothing.
     """
     label_height = 20
-    if cell is None:
-        cell = max(128, min(512, rows[0][1][0].width))
+    width = rows[0][1][0].width
+    cell = max(128, width if largest is None else min(largest, width))
     columns = max(len(pictures) for _, pictures in rows)
     width, height = columns * (cell + gap) + gap, len(rows) * (cell + label_height + gap) + gap
     sheet = Image.new("RGB", (max(width, 480), height), "white")

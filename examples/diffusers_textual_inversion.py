@@ -39,7 +39,8 @@ class TextualInversionDataset(torch.utils.data.Dataset):
         return len(self.paths) * self.repeats
 
     def __getitem__(self, i: int) -> dict:
-        picture = ImageOps.fit(Image.open(self.paths[i % len(self.paths)]).convert("RGB"), (self.size, self.size))
+        picture = ImageOps.exif_transpose(Image.open(self.paths[i % len(self.paths)])).convert("RGB")
+        picture = ImageOps.fit(picture, (self.size, self.size))
         text = random.choice(TEMPLATES).format(self.placeholder)
         ids = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids[0]
         return {"pixel_values": VaeImageProcessor().preprocess(picture)[0], "input_ids": ids}

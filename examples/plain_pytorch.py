@@ -46,7 +46,7 @@ def main() -> None:
     size = (options.resolution, options.resolution)
     suffixes = (".png", ".jpg", ".jpeg", ".webp")
     files = [path for path in sorted(options.pictures.iterdir()) if path.suffix.lower() in suffixes]
-    pictures = [ImageOps.fit(Image.open(path).convert("RGB"), size) for path in files]
+    pictures = [ImageOps.fit(ImageOps.exif_transpose(Image.open(path)).convert("RGB"), size) for path in files]
     with torch.no_grad():
         pixels = VaeImageProcessor().preprocess(pictures).to(device)
         latents = torch.cat([vae.encode(p).latent_dist.mean for p in pixels.split(1)]) * vae.config.scaling_factor

@@ -78,6 +78,16 @@ def test_caption_whose_token_is_cut_off(tiny_pipelines, tmp_path):
     (folder / "0.txt").write_text("dog " * 90 + "{}")
     run = command(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out"))
     refused(run, "beyond the 77 tokens", tmp_path / "out")
+    (folder / "0.txt").write_text("{}" + " dog" * 90)
+    run = command(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out", max_train_steps=2))
+    assert run.returncode == 0, run.stderr
+    assert "warning: cut off after the 77 tokens that the text encoder sees: '<toy> dog dog" in run.stderr
+
+
+def test_more_vectors_than_a_prompt_has_room_for(tiny_pipelines, pictures, tmp_path):
+    run = command(*train_arguments(tiny_pipelines["sd15"], pictures, tmp_path / "out", num_vectors=80))
+    refused(run, "the placeholder's 80 vectors reach beyond the 77 tokens that the text encoder sees", tmp_path / "out")
+    assert "take fewer --num_vectors" in run.stderr
 
 
 def test_placeholder_that_is_a_word(tiny_pipelines, pictures, tmp_path):

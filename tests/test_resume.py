@@ -342,8 +342,9 @@ def _poison(tensors, header):
         (lambda tensors, header: header.pop("scaler"), "is no checkpoint of a dti-fast run"),
         (_without("directions.0"), "is damaged (directions.0)"),
         (_poison, "is damaged (directions.1)"),
+        (lambda tensors, header: tensors["directions.1"][0].zero_(), "is damaged (directions.1)"),
     ],
-    ids=["method", "step", "header", "missing", "nan"],
+    ids=["method", "step", "header", "missing", "nan", "zero"],
 )
 def test_damaged_checkpoints_are_refused(tiny_pipelines, pictures, tmp_path, unbroken, damage, message):
     tensors, header = read_tensors(unbroken["sdxl"] / "checkpoints" / f"checkpoint-{STEPS:06d}.safetensors")

@@ -80,7 +80,7 @@ _ADVICE = {
         "not there yet; upload the output folder when the run is over"
     ),
     "save_as_full_pipeline": "not there; dti_fast.load_embedding puts the concept into a pipeline",
-    "revision variant cache_dir tokenizer_cache_dir": (
+    "revision cache_dir tokenizer_cache_dir": (
         "not there; download the files that you want, and give their folder as --pretrained_model_name_or_path"
     ),
     "tokenizer_name vae pretrained_vae_model_name_or_path vae_name_or_path": (

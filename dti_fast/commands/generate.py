@@ -65,7 +65,7 @@ def generate(
     count = settings.num_images or 4
     rows = list(zip(prompts, settings.draw(backbone, prompts, count), strict=True))
     single = len(rows) == count == 1
-    save_picture(rows[0][1][0] if single else grid(rows, cell=None), output)
+    save_picture(rows[0][1][0] if single else grid(rows), output)
     print(f"wrote {output}")
 
 

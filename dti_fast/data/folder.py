@@ -26,6 +26,11 @@ class Picture:
     path: Path
     caption: str | None
 
+    @property
+    def name(self) -> str:
+        """The file's name in printable text."""
+        return _printable(self.path.name)
+
 
 @dataclass(frozen=True)
 class Ignored:
@@ -68,9 +73,12 @@ def find_pictures(folder: Path) -> list[Picture]:
     return pictures
 
 
-def ignored_files(folder: Path) -> list[Ignored]:
-    """What lies in `folder`, is not hidden, and is neither a picture to train on nor the caption of one, and why."""
-    return _sort(folder)[1]
+def ignored_files(folder: Path, pictures: list[Picture]) -> list[Ignored]:
+    """What lies in `folder`, is not hidden, and is neither one of the `pictures` found there nor a caption, and why."""
+    files, ignored = _sort(folder)
+    used = {picture.path for picture in pictures}
+    broken = [Ignored(_printable(path.name), "cannot be read") for path in files if path not in used]
+    return sorted([*ignored, *broken], key=lambda entry: entry.name)
 
 
 def _sort(folder: Path) -> tuple[list[Path], list[Ignored]]:

@@ -24,7 +24,7 @@ def write(summary: dict, rows: list[tuple[str, list[Image.Image]]], folder: Path
     }
     write_text(json.dumps(summary | {"means": finite}, indent=1) + "\n", folder / "results.json")
     write_text(markdown(summary), folder / "results.md")
-    save_picture(grid(rows, cell=max(96, min(256, rows[0][1][0].width))), folder / "sheet.png")
+    save_picture(grid(rows, largest=256), folder / "sheet.png")
 
 
 def markdown(summary: dict) -> str:

@@ -95,6 +95,7 @@ def load_checkpoint(
     present = learner.state()
     damaged = [k for k, v in present.items() if k not in stored or stored[k].shape != v.shape]
     damaged += [k for k, v in stored.items() if v.is_floating_point() and not v.isfinite().all()]
+    damaged += [k for k, v in stored.items() if k.startswith("directions.") and not v.any(dim=-1).all()]
     if damaged or step < 1:
         what = damaged[0] if damaged else "the step"
         raise UserError(f"{path.name} is damaged ({what}); delete it to go on from the checkpoint before it")

@@ -3,11 +3,11 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dti_fast.backbones import Backbone
 from dti_fast.backbones.base import decode_in_tiles
-from dti_fast.data.folder import Picture
+from dti_fast.data.folder import Picture, load_pictures
 from dti_fast.drawing import grid, save_picture
 from dti_fast.memory.budget import Budget
 from dti_fast.trainer.config import Settings
@@ -16,7 +16,7 @@ STEPS = 25  # of denoising
 
 
 def save_preview(config: Settings, backbone: Backbone, pictures: list[Picture], path: Path, budget: Budget) -> None:
-    """The training pictures, then a row of generated ones for every prompt, the init word's first.
+    """The training pictures as the model sees them, then a generated row for every prompt, the init word's first.
 
     The pictures are drawn in batches, as many at once as the `budget` has room for.
     """
@@ -34,11 +34,6 @@ def save_preview(config: Settings, backbone: Backbone, pictures: list[Picture], 
             drawn += backbone.draw(*zip(*batch, strict=True), steps=STEPS, size=config.resolution)
     backbone.vae.to("cpu")
     rows = [(label, drawn[i * count : (i + 1) * count]) for i, label in enumerate(labels)]
-    training = [_centre_square(p.path) for p in pictures[:8]]
-    save_picture(grid([("training pictures", training), *rows]), path)
-
-
-def _centre_square(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        turned = ImageOps.exif_transpose(image).convert("RGB")
-    return ImageOps.fit(turned, (min(turned.size),) * 2)
+    pixels, _ = load_pictures(pictures[:8], size)
+    training = [Image.fromarray(p) for p in ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+    save_picture(grid([("training pictures", training), *rows], largest=512), path)

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def run(
             mean, std = encode_moments(backbone, pixels)
         tokens = backbone.tokenize(job.prompts)
         check_prompts(job.prompts, tokens, embeddings)
+        warn_of_cuts(job.prompts, embeddings, backbone.tokenizers)
         told.message(summarise(config, backbone, embeddings, job.pictures, job.prompt_per_picture, sizes))
         fingerprint = backbone.fingerprint()
         run_identity = identity(config, fingerprint, hash_tensors([pixels, *(ids for ids, _ in tokens)]))
@@ -264,10 +266,24 @@ def check_prompts(prompts: list[str], tokens: list[Tokens], embeddings: list[Tok
         last_id = embedding.first_id + len(embedding.tokens) - 1
         for prompt, row in zip(prompts, ids.tolist(), strict=True):
             if embedding.placeholder in prompt and last_id not in row:
+                count = len(embedding.tokens)
+                what = "the placeholder lies" if count == 1 else f"the placeholder's {count} vectors reach"
                 raise UserError(
-                    f"the prompt {prompt[:40]!r}... is too long: the placeholder lies beyond the {len(row)} tokens "
-                    "that the text encoder sees; shorten the caption"
+                    f"the prompt {prompt[:40]!r}... is too long: {what} beyond the {len(row)} tokens that the text "
+                    f"encoder sees; shorten the caption{' or take fewer --num_vectors' if count > 1 else ''}"
                 )
+
+
+def warn_of_cuts(prompts: list[str], embeddings: list[TokenEmbedding], tokenizers: list) -> None:
+    """Warn of prompts that are longer than a text encoder sees, whose ends are therefore not learned with."""
+    cut = {
+        prompt: tokenizer.model_max_length
+        for embedding, tokenizer in zip(embeddings, tokenizers, strict=True)
+        for prompt in prompts
+        if len(tokenizer(embedding.expand(prompt)).input_ids) > tokenizer.model_max_length
+    }
+    for prompt, length in cut.items():
+        warnings.warn(f"cut off after the {length} tokens that the text encoder sees: {prompt[:40]!r}...", stacklevel=2)
 
 
 @contextmanager

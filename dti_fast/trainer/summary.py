@@ -2,13 +2,12 @@
 
 import math
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dti_fast.backbones import Backbone
-from dti_fast.data.folder import SUFFIXES, Picture, ignored_files
+from dti_fast.data.folder import Picture, ignored_files
 from dti_fast.tokens import TokenEmbedding
 from dti_fast.trainer.config import Settings
 from dti_fast.trainer.step import learning_rates
@@ -46,8 +45,8 @@ def summarise(
         f"model: {config.pretrained_model_name_or_path}, {size} in {precision} on {device}",
         f"pictures: {len(pictures)} of {config.train_data_dir}, {side} x {side} pixels",
     ]
-    if unused := _unused(config.train_data_dir, pictures):
-        lines.append(f"not used: {_some(unused)}")
+    if unused := ignored_files(config.train_data_dir, pictures):
+        lines.append(f"not used: {_some([f'{entry.name} ({entry.reason})' for entry in unused])}")
     if captions:
         lacking = [picture.path.name for picture in pictures if not picture.caption]
         lines.append(f"prompts: the captions{f'; a template for {_some(lacking)}' if lacking else ''}")
@@ -62,18 +61,6 @@ def summarise(
         f"{config.effective_learning_rate:g}, {config.lr_scheduler}"
     )
     return "\n".join(lines)
-
-
-def _unused(folder: Path, pictures: list[Picture]) -> list[str]:
-    """The files of a folder that the run does not use, each with the reason; hidden ones are left out."""
-    ignored = {entry.name: entry.reason for entry in ignored_files(folder)}
-    known = {picture.path.name for picture in pictures} | ignored.keys()
-    broken = {
-        path.name: "cannot be read as a picture"
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and path.name not in known and not path.name.startswith(".")
-    }
-    return [f"{name} ({reason})" for name, reason in sorted((ignored | broken).items())]
 
 
 def _some(names: list[str]) -> str:
