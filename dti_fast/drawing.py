@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dti_fast.backbones import Backbone
 from dti_fast.backbones.load import check_model, load_backbone, model_at_hand
-from dti_fast.backbones.pocket import Pocket
 from dti_fast.devices import pick_device, pick_precision
 from dti_fast.errors import UserError
 from dti_fast.files import replacing
@@ -63,6 +62,8 @@ class DrawSettings:
 
     pretrained_model_name_or_path: str | None = None
     """Diffusers folder, hub id or .safetensors file. Default: the model the concept was learned on."""
+    variant: str | None = None
+    """Which weights of a diffusers folder to load, such as fp16. Default: the plain ones, or what there is."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the model was trained to predict, where its files do not say. Default: as when the concept was learned."""
     device: str = "auto"
@@ -85,7 +86,13 @@ class DrawSettings:
         model, prediction_type = pick_model(self.pretrained_model_name_or_path, self.prediction_type, metadata)
         device = pick_device(self.device)
         with phase("loading the model"):
-            return load_backbone(model, pick_precision("auto", device), device, prediction_type=prediction_type)
+            return load_backbone(
+                model,
+                pick_precision("auto", device),
+                device,
+                prediction_type=prediction_type,
+                variant=self.variant,
+            )
 
     def draw(self, backbone: Backbone, prompts: Sequence[str], count: int) -> list[list[Image.Image]]:
         """`count` pictures for each prompt, with word on the progress."""
@@ -107,7 +114,9 @@ def check_picture_path(path: Path) -> None:
 def pick_model(model: str | None, prediction_type: str | None, metadata: list[dict]) -> tuple[str, str | None]:
     """The model to draw with, and what it predicts: by default those of the first concept that says its model."""
     if model is None:
-        named = next((m for m in metadata if "base_model" in m), {"base_model": Pocket.name})
+        named = next((m for m in metadata if "base_model" in m), None)
+        if named is None:
+            raise UserError("the file does not say which model it is for: give --pretrained_model_name_or_path")
         model, prediction_type = model_at_hand(named["base_model"]), prediction_type or named.get("prediction_type")
     check_model(model)
     return model, prediction_type

@@ -10,6 +10,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dti_fast import sphere
 from dti_fast.ops import sphere_step_
@@ -39,7 +40,8 @@ class _Spherical(torch.optim.Optimizer):
             if not 0 <= decay < 1:
                 raise ValueError(f"{key} must lie in [0, 1), got {group[key]}")
         lr = group["lr"]
-        if not isinstance(lr, Tensor) or lr.device.type == "cpu":  # on a device, nobody may read it
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # where nobody may read it
+        if not on_device and (not isinstance(lr, Tensor) or _has_values(lr)):
             if not 0 <= float(lr) < math.inf:
                 raise ValueError(f"lr must be a number that is not negative, got {float(lr)}")
             if not isinstance(lr, Tensor) and 0 < lr < _SLOW:
@@ -110,9 +112,14 @@ class _Spherical(torch.optim.Optimizer):
                 self.state[p][key] = value.to(p.device)
 
 
+def _has_values(tensor: Tensor) -> bool:
+    """Whether numbers can be read; those of a model on the meta device or of fake tensors cannot."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
+
+
 def _check_unit(rows: Tensor, what: str) -> None:
     """Raise a ValueError that begins with `what` unless all rows have a norm of 1."""
-    if rows.device.type == "meta":
+    if not _has_values(rows):
         return
     off = (torch.linalg.vector_norm(rows.detach(), dim=-1) - 1).abs().max().item()
     if not off < 1e-2:  # not a number is wrong, too

@@ -7,20 +7,28 @@ from contextlib import ExitStack, contextmanager
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Load models without remarks of the libraries on one another, and without bars but those of downloads.
+def without_remarks() -> Iterator[None]:
+    """Import and use libraries without their remarks on one another; log levels and filters are as before afterwards.
 
-    Errors are raised all the same.  Log levels, filters and bars are as before afterwards.
+    Errors are raised all the same.
     """
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.ERROR))
-    with ExitStack() as after:
-        after.callback(logging.disable, disabled)
-        after.enter_context(warnings.catch_warnings())
-        for category in (DeprecationWarning, FutureWarning):
-            warnings.filterwarnings("ignore", category=category)
-        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # the environment decides
-        warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers asks the hub's client for it
+    try:
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.filterwarnings("ignore", category=category)
+            warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # the environment decides
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers asks the hub's client
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Load models `without_remarks`, and without bars but those of downloads; these too are as before afterwards."""
+    with without_remarks(), ExitStack() as after:
         import diffusers
         import huggingface_hub
         import transformers

@@ -39,7 +39,7 @@ class Session:
 
     Args:
         model: a diffusers folder, hub id, .safetensors file, or "pocket".
-        device, mixed_precision, base_precision, quantised_cache, prediction_type, vram, attention: as in `TrainConfig`;
+        device, mixed_precision, base_precision, quantised_cache, prediction_type, variant, vram: as in `TrainConfig`;
             a configuration that is learned here leaves these out, or has the same.
 
     Raises:
@@ -55,6 +55,7 @@ class Session:
         base_precision: str | None = None,
         quantised_cache: Path | None = None,
         prediction_type: str | None = None,
+        variant: str | None = None,
         vram: float | None = None,
     ):
         check_model(model)
@@ -63,7 +64,7 @@ class Session:
         self._settings: dict[str, Any] = {
             "pretrained_model_name_or_path": model, "device": device, "mixed_precision": mixed_precision,
             "base_precision": base_precision, "quantised_cache": quantised_cache, "prediction_type": prediction_type,
-            "vram": vram,
+            "variant": variant, "vram": vram,
         }  # fmt: skip
         self._loaded: tuple[Backbone, str | None] | None = None
 
@@ -192,6 +193,7 @@ class Session:
             backbone = load_backbone(
                 settings["pretrained_model_name_or_path"], self.dtype, self.device, base_precision=base_precision,
                 quantised_cache=settings["quantised_cache"], prediction_type=settings["prediction_type"],
+                variant=settings["variant"],
             )  # fmt: skip
             self._loaded = backbone, base_precision
         return self._loaded[0]
@@ -228,6 +230,6 @@ def train(config: TrainConfig, *, loggers: Sequence[Logger] | None = None, cance
     with Session(
         config.pretrained_model_name_or_path, device=config.device, mixed_precision=config.mixed_precision,
         base_precision=config.base_precision, quantised_cache=config.quantised_cache,
-        prediction_type=config.prediction_type, vram=config.vram,
+        prediction_type=config.prediction_type, variant=config.variant, vram=config.vram,
     ) as session:  # fmt: skip
         return session.learn(config, loggers=[make_logger("console")] if loggers is None else loggers, cancel=cancel)

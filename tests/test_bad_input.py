@@ -97,7 +97,7 @@ def test_models(tiny_pipelines, pictures, tmp_path):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     refused(run(folder), "is a FluxPipeline", tmp_path / "out")
     (folder / "model_index.json").write_text((tiny_pipelines["sd15"] / "model_index.json").read_text())
-    refused(run(folder), "cannot be loaded", tmp_path / "out")
+    refused(run(folder), "holds no .safetensors weights", tmp_path / "out")
     (tmp_path / "model.ckpt").write_bytes(b"x")
     refused(run(tmp_path / "model.ckpt"), "not a .safetensors file", tmp_path / "out")
     (tmp_path / "model.safetensors").write_bytes(b"x")

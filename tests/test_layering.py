@@ -10,13 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dti_fast"
 # From the bottom to the top: a layer imports from those before it and from itself.
 LAYERS = (
-    "errors", "limits", "reference", "kernels", "ops", "sphere", "optim", "tokens", "files", "frozen", "formats",
-    "pipelines", "blend", "devices", "quiet", "progress", "backbones", "data", "loss", "memory", "drawing", "trainer",
-    "session", "pocket", "evaluate", "commands", "cli",
+    "errors", "quiet", "limits", "reference", "kernels", "ops", "sphere", "optim", "tokens", "files", "frozen",
+    "formats", "pipelines", "blend", "devices", "backbones", "data", "loss", "memory", "progress", "drawing",
+    "trainer", "session", "pocket", "evaluate", "commands", "cli",
 )  # fmt: skip
 HEAVY = {"diffusers", "transformers", "PIL", "numpy", "rich", "cyclopts", "bitsandbytes", "xformers", "peft"}
-LIGHT = {"errors", "reference", "kernels", "ops", "sphere", "optim"}  # never see a heavy package
+LIGHT = {"errors", "limits", "reference", "kernels", "ops", "sphere", "optim"}  # never see a heavy package
 LAZY = {
+    "quiet",
     "tokens",
     "files",
     "frozen",
@@ -24,7 +25,6 @@ LAZY = {
     "pipelines",
     "blend",
     "devices",
-    "quiet",
     "backbones",
 }  # only inside functions
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.bench_memory import measure
 from dti_fast import TokenEmbedding
 from dti_fast.backbones.skeleton import skeleton
+from dti_fast.backbones.stable_diffusion import StableDiffusion
 from dti_fast.data.draws import Dataset, Draws
 from dti_fast.errors import UserError
 from dti_fast.loss import diffusion_loss
@@ -193,3 +194,20 @@ def test_plan_says_what_would_fit(tiny_pipelines):
     run = plan(model, "--vram", "0.5")
     refused(run, f"error: training {model} at 64 pixels does not fit 0.5 GiB; the smallest plan")
     assert "geglu" in run.stdout
+
+
+def test_a_preview_is_counted_without_the_encoding_of_pictures(monkeypatch):
+    def model(encode):
+        monkeypatch.setattr(StableDiffusion, "encode", encode)
+        estimator = Estimator("pocket", torch.float32, batch=1)
+        estimator._key = None  # counted anew
+        return estimator.model
+
+    def wasteful(self, pixels):
+        torch.empty(1 << 30)
+        return stock(self, pixels)
+
+    stock = StableDiffusion.encode
+    usual, other = model(stock), model(wasteful)
+    assert other.encode >= 4 << 30 > usual.encode
+    assert (other.guidance, other.decode, other.decode_tiled) == (usual.guidance, usual.decode, usual.decode_tiled)

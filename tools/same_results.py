@@ -88,9 +88,15 @@ def main() -> None:
                         family, settings = RUNS[name]
                         train(tree, train_arguments(models[family], pictures, out, **settings))
                     results.append(contents(out))
-                wrong = [key for key in {**results[0], **results[1]} if results[0].get(key) != results[1].get(key)]
-                different += bool(wrong)
-                print(f"{name}: {f'differs in {wrong}' if wrong else f'{len(results[0])} results equal'}", flush=True)
+                new, old = results
+                wrong = [key for key in old if key in new and new[key] != old[key]]
+                lost, more = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
+                different += bool(wrong or lost)
+                words = [f"{len(old) - len(wrong) - len(lost)} results equal"]
+                words += [
+                    f"{what} {keys}" for what, keys in (("differing", wrong), ("lost", lost), ("new", more)) if keys
+                ]
+                print(f"{name}: {', '.join(words)}", flush=True)
         finally:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", other], check=True)
     sys.exit(f"{different} runs differ" if different else 0)

@@ -228,7 +228,9 @@ class Backbone:
         for module in (self.denoiser, *self.text_encoders):
             restore(module)
             set_attention(module, "auto")
-        self.vae.to(next(self.denoiser.parameters()).device)
+        device = next(self.denoiser.parameters()).device
+        if next(self.vae.parameters()).device != device:  # the module of a fake model cannot be moved
+            self.vae.to(device)
 
     def fingerprint(self) -> str:
         """A short hash of some of the weights: tells models apart, whatever their folder is called."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dti_fast.errors import UserError
 from dti_fast.frozen.layers import FrozenConv2d, bare
+from dti_fast.quiet import without_remarks
 
 BLOCK = 64  # weights under one scale in nf4
 SCALE_BLOCK = 256  # of these scales under one scale
@@ -248,7 +249,8 @@ def weight_bytes(
 def check_bitsandbytes(precision: str) -> None:
     """Raise a UserError if bitsandbytes cannot be imported."""
     try:
-        import bitsandbytes  # noqa: F401
+        with without_remarks():
+            import bitsandbytes  # noqa: F401
     except ImportError:
         raise UserError(
             f"--base_precision {precision} needs bitsandbytes: install it with  pip install bitsandbytes"

@@ -118,10 +118,14 @@ class Estimator:
         latents = self._latents(count)
         return Dataset(latents, latents, torch.empty(count, 6), tokens, False)
 
-    def _latents(self, count: int) -> Tensor:
-        with torch.no_grad():
+    @cached_property
+    def _latent_shape(self) -> torch.Size:
+        with self._fake, torch.no_grad():
             mean, _ = self._backbone.encode(self._pixels())
-        return torch.empty(count, *mean.shape[1:])
+        return mean.shape[1:]
+
+    def _latents(self, count: int) -> Tensor:
+        return torch.empty(count, *self._latent_shape)
 
     def _pixels(self) -> Tensor:
         return torch.empty(1, 3, self.resolution, self.resolution, dtype=self._backbone.vae.dtype)
@@ -134,7 +138,7 @@ class Estimator:
 
     def _count_model(self) -> Model:
         backbone, vae = self._backbone, self._backbone.vae
-        self._lengths  # noqa: B018, asked for outside of the fake mode
+        self._lengths, self._latent_shape  # noqa: B018, asked for before anything is counted
 
         def most(compute) -> int:
             with self._fake, torch.no_grad(), LiveBytes() as counter:

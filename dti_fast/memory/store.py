@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from dti_fast import __version__
 from dti_fast.files import write_text
 
 SHIPPED = Path(__file__).parent / "counts.json.gz"  # made by tools/ship_counts.py
-_DECISIVE = ("torch", "diffusers", "transformers", "dti-fast")
+_DECISIVE = ("torch", "diffusers", "transformers")
 
 
 def model_key(folder: str | Path, dtype: torch.dtype) -> str | None:
@@ -72,6 +73,6 @@ def write(key: str, value: list | int) -> None:
 
 def _path(key: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    versions = " ".join(f"{package} {version(package)}" for package in _DECISIVE)
-    name = hashlib.sha256(f"{versions} {key}".encode()).hexdigest()[:24]
+    versions = " ".join(version(package) for package in _DECISIVE)
+    name = hashlib.sha256(f"{__version__} {versions} {key}".encode()).hexdigest()[:24]
     return root / "dti-fast" / "counts" / f"{name}.json"

@@ -60,7 +60,8 @@ class TrainConfig:
     placeholder_token: Annotated[str | None, Parameter(group=_essentials)] = None
     """The new word, bracketed and lower case. Default: `<concept>`."""
     initializer_token: Annotated[str | None, Parameter(group=_essentials)] = None
-    """A word or phrase for what the pictures show; its direction is the start and the prior's mean."""
+    """A word or phrase for what the pictures show; its direction is the start and the prior's mean. Needed with
+    pictures of your own."""
     resolution: Annotated[int | None, Parameter(group=_essentials)] = None
     """Side of the square training pictures in pixels. Default: the model's own."""
     max_train_steps: Annotated[int, Parameter(group=_essentials)] = 400
@@ -115,6 +116,8 @@ class TrainConfig:
     cuda_graph: Annotated[Literal["off", "on"], Parameter(group=_machine)] = "off"
     """Capture the step as a CUDA graph, so that a GPU waits less between kernels. Off by default until a GPU has shown
     that the results are the same."""
+    variant: Annotated[str | None, Parameter(group=_machine)] = None
+    """Which weights of a diffusers folder to load, such as fp16. Default: the plain ones, or what there is."""
     prediction_type: Annotated[Literal["epsilon", "v_prediction"] | None, Parameter(group=_machine)] = None
     """What the model was trained to predict, where its files do not say. Default: what they say; for a single file,
     v_prediction if it is an SD 2.x and epsilon otherwise."""

@@ -19,7 +19,11 @@ LOCK = ".lock"
 
 
 def check_output(folder: Path) -> None:
-    """Raise a UserError if `folder` could not be made or written; makes nothing."""
+    """Raise a UserError if `folder` could not be made or written, or has a name that is no text; makes nothing."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the output folder {str(folder)!r} has a name that is not UTF-8; choose another") from None
     existing = folder
     while not existing.exists():
         existing = existing.parent

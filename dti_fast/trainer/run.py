@@ -133,6 +133,7 @@ def run(
         for embedding in embeddings:
             after.callback(embedding.uninstall)
 
+        path = backbone.path().to(device)
         told.phase("encoding the pictures")
         pixels, sizes = load_pictures(job.pictures, config.resolution or backbone.default_resolution())
         with budget.encoding(backbone):
@@ -144,7 +145,6 @@ def run(
         run_identity = identity(config, fingerprint, hash_tensors([pixels, *(ids for ids, _ in tokens)]))
         del pixels
         data = Dataset(mean, std, sizes, tokens, job.prompt_per_picture).to(device)
-        path = backbone.path().to(device)
         budget.apply(backbone)
 
         rates, factors = learning_rates(config), schedule(config).tolist()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dti_fast.backbones import Backbone
-from dti_fast.data.folder import SUFFIXES, Picture
+from dti_fast.data.folder import SUFFIXES, Picture, ignored_files
 from dti_fast.tokens import TokenEmbedding
 from dti_fast.trainer.config import Settings
 from dti_fast.trainer.step import learning_rates
@@ -66,21 +66,14 @@ def summarise(
 
 def _unused(folder: Path, pictures: list[Picture]) -> list[str]:
     """The files of a folder that the run does not use, each with the reason; hidden ones are left out."""
-    used = {picture.path for picture in pictures} | {picture.path.with_suffix(".txt") for picture in pictures}
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path in used or path.name.startswith("."):
-            continue
-        if path.is_dir():
-            reason = "a folder; pictures in it are not used"
-        elif path.suffix.lower() in SUFFIXES:
-            reason = "cannot be read"
-        elif path.suffix.lower() == ".txt":
-            reason = "a caption of no picture"
-        else:
-            reason = "no picture that is read here"
-        found.append(f"{path.name} ({reason})")
-    return found
+    ignored = {entry.name: entry.reason for entry in ignored_files(folder)}
+    known = {picture.path.name for picture in pictures} | ignored.keys()
+    broken = {
+        path.name: "cannot be read as a picture"
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and path.name not in known and not path.name.startswith(".")
+    }
+    return [f"{name} ({reason})" for name, reason in sorted((ignored | broken).items())]
 
 
 def _some(names: list[str]) -> str:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from dti_fast.quiet import quiet_libraries
+from dti_fast.quiet import without_remarks
 
-with quiet_libraries():
+with without_remarks():
     import bitsandbytes
 
 MIN_8BIT_SIZE = 256  # bitsandbytes' own 4096 would leave most matrices of a rank-4 LoRA at 32 bits
