@@ -221,12 +221,12 @@ def test_pocket_run_killed_and_resumed_and_loaded_by_a_stock_pipeline(pictures, 
     first = command(*train_arguments(Pocket.folder, pictures, whole, **settings))
     assert first.returncode == 0, first.stderr
     assert "% of them 8-bit" in first.stderr
-    arguments = train_arguments(Pocket.folder, pictures, broken, resume_from_checkpoint="latest", **settings)
+    arguments = train_arguments(Pocket.folder, pictures, broken, **settings)
     python = [sys.executable, "-c", DIES_AFTER_A_CHECKPOINT, *map(str, arguments)]
     killed = subprocess.run(python, env=ENVIRONMENT, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert not (broken / "learned_embeds.safetensors").exists()
-    resumed = command(*arguments)
+    resumed = command(*arguments, "--resume_from_checkpoint", "latest")
     assert "resuming after step 6" in resumed.stderr
     assert_same_run(whole, broken)
 
