@@ -21,6 +21,7 @@ Tensor token_embed(
   const int64_t* const id = static_cast<const int64_t*>(positions.const_data_ptr());
   void* const to = out.mutable_data_ptr();
   const ScalarType dtype = out.scalar_type();
+  if (N == 0) return out;
   const int64_t positions_of_a_sample = directions.dim() == 3 ? N / directions.size(0) : N;
   const int64_t rows_at_once = std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1));
   torch::stable::parallel_for(0, N, rows_at_once, [&](int64_t begin, int64_t end) {

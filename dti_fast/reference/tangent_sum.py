@@ -18,8 +18,8 @@ def tangent_sum(
         count = number of those b
 
     A sample without a gradient for a row does not count there.  No factor on a sample's gradient, such as a loss
-    scale, a weight of its timestep or the size of the batch, changes anything: there is no eps.  A sample whose gradient
-    is not finite makes the row's sum NaN.
+    scale, a weight of its timestep or the size of the batch, changes anything: there is no eps.  A sample whose
+    gradient is not finite makes the row's sum NaN.
     """
     g = grad.to(p.dtype)
     g = g - (g * p).sum(-1, keepdim=True) * p
