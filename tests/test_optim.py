@@ -36,7 +36,9 @@ def everything(optimizer):
 
 
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("name", ["SphericalSGD", "SphericalSGD beta", "SphericalAdam", "DirectionSGD", "rows"])
+@pytest.mark.parametrize(
+    "name", ["SphericalSGD", "SphericalSGD beta", "SphericalSGD momentum", "SphericalAdam", "DirectionSGD", "rows"]
+)
 def test_a_row_without_a_loss_gradient_stays_with_its_state(name, relative):
     """After steps that gave it momentum, and under a prior that pulls elsewhere."""
     p, mu = Parameter(unit(3, 40)), unit(3, 40, seed=5)
@@ -44,6 +46,7 @@ def test_a_row_without_a_loss_gradient_stays_with_its_state(name, relative):
     optimizer = {
         "SphericalSGD": lambda: SphericalSGD([p], lr=0.1, mu=mu, **prior),
         "SphericalSGD beta": lambda: SphericalSGD([p], lr=0.1, mu=mu, beta=0.9, **prior),
+        "SphericalSGD momentum": lambda: SphericalSGD([p], lr=0.1, mu=mu, momentum=0.9, **prior),
         "SphericalAdam": lambda: SphericalAdam([p], lr=0.1, mu=mu, **prior),
         "DirectionSGD": lambda: DirectionSGD([p], lr=0.1, beta=0.9, **prior),
         "rows": lambda: DirectionSGD([p], lr=0.1, beta=0.9, rows=2, **prior),
