@@ -39,14 +39,15 @@ def _tangent_sum_kernel(
     p = tl.load(p_ptr + row * p_row + column * p_column, mask=inside, other=0.0)
     total = tl.zeros([1, COLUMNS], tl.float32)
     count = tl.zeros([1, 1], tl.float32)
-    for b in range(B):
-        at = grad_ptr + b.to(tl.int64) * grad_sample + row * grad_row + column * grad_column
+    at = grad_ptr + row * grad_row + column * grad_column
+    for _ in range(B):
         g = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         g -= tl.sum(g * p, axis=1, keep_dims=True) * p
         norm_squared = tl.sum(g * g, axis=1, keep_dims=True)  # [1, 1]
         seen = norm_squared != 0.0
         total += tl.where(seen, g / tl.sqrt(tl.where(seen, norm_squared, 1.0)), 0.0)
         count += seen.to(tl.float32)
+        at += grad_sample
     tl.store(sum_ptr + row * D + column, total, mask=inside)
     tl.store(count_ptr + row + tl.zeros([1, 1], tl.int64), count)
 
