@@ -126,7 +126,7 @@ def official_dti(task: Task, *, encode=True, host_reads=True, checkpointing=Fals
     def update() -> None:
         for embedding, mu in zip(embeddings, means, strict=True):
             rows, one = embedding.rows, torch.ones((), device=mu.device)
-            moved, _ = sphere_step(rows, rows.grad, mu, None, one, LR * one, kappa=KAPPA, beta=0.0, eps=1e-8)
+            moved, *_ = sphere_step(rows, rows.grad, mu, None, one, LR * one, kappa=KAPPA, beta=0.0, eps=1e-8)
             rows.copy_(moved)
             rows.grad = None
 

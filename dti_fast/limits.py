@@ -21,6 +21,7 @@ def _at_least(low: int) -> Limit:
 _POSITIVE = Limit("must be positive", lambda value: value > 0)
 _NOT_NEGATIVE = Limit("must not be negative", lambda value: value >= 0)
 _SEED = Limit("must lie in [0, 2147483648)", lambda value: 0 <= value < 2**31)
+_DECAY = Limit("must lie in [0, 1)", lambda value: 0 <= value < 1)
 # Latents are an eighth of the picture; below 4 of them a side there is nothing for a denoiser to halve.
 _SIDE = Limit("must be a multiple of 8 and at least 32", lambda value: value >= 32 and value % 8 == 0)
 
@@ -39,7 +40,8 @@ LIMITS = {
     "num_vectors": _at_least(1),
     "magnitude": _POSITIVE,
     "kappa": _NOT_NEGATIVE,
-    "beta": Limit("must lie in [0, 1)", lambda value: 0 <= value < 1),
+    "beta": _DECAY,
+    "momentum": _DECAY,
     "adam_weight_decay": _NOT_NEGATIVE,
     "reg_lambda": _NOT_NEGATIVE,
     # what learns beside the embedding

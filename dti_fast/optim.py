@@ -36,7 +36,8 @@ class _Spherical(torch.optim.Optimizer):
                 group[key] = float(group[key])
                 if not 0 <= group[key] < math.inf:
                     raise ValueError(f"{key} must be a number that is not negative, got {group[key]}")
-        for key, decay in [("beta", group.get("beta", 0)), *(("betas", b) for b in group.get("betas", ()))]:
+        decays = [(key, group.get(key, 0)) for key in ("beta", "momentum")]
+        for key, decay in [*decays, *(("betas", b) for b in group.get("betas", ()))]:
             if not 0 <= decay < 1:
                 raise ValueError(f"{key} must lie in [0, 1), got {group[key]}")
         lr = group["lr"]
@@ -50,7 +51,7 @@ class _Spherical(torch.optim.Optimizer):
                     "the tangent of that angle and not a step of Adam; 0.04 is a good start",
                     stacklevel=4,
                 )
-        for p in group["params"]:
+        for p in _moving(group):
             self._check(p, group)
 
     def _check(self, p: Tensor, group: dict) -> None:
@@ -76,7 +77,7 @@ class _Spherical(torch.optim.Optimizer):
         # torch.amp.GradScaler sets these two before it calls step.
         scaling = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in _moving(group):
                 if not p.requires_grad:
                     warnings.warn(
                         f"{type(self).__name__} was given a parameter {list(p.shape)} that no longer requires a "
@@ -112,6 +113,17 @@ class _Spherical(torch.optim.Optimizer):
                 self.state[p][key] = value.to(p.device)
 
 
+def _moving(group: dict) -> list[Tensor]:
+    """The parameters of a group that move; with `per_sample` each is followed by its counts."""
+    return group["params"][:: 2 if group.get("per_sample") else 1]
+
+
+def _counts(p: Tensor, group: dict) -> Tensor | None:
+    """The counts that follow `p` in a group with `per_sample`, or None if they are missing."""
+    pairs = zip(group["params"][::2], group["params"][1::2], strict=False)
+    return next((counts for rows, counts in pairs if rows is p), None)
+
+
 def _check_unit(rows: Tensor, what: str) -> None:
     """Raise a ValueError that begins with `what` unless all rows have a norm of 1."""
     if not has_values(rows):
@@ -141,11 +153,15 @@ def _with_prior(v: Tensor, grad: Tensor, mu: Tensor | None, group: dict, grad_sc
 
 
 def _start(rows: Tensor, group: dict) -> dict[str, Tensor]:
-    """The state of `_turn` before the first step: `step`, with a running mean one for each row; `second_moment`."""
+    """The state of `_turn` before the first step.
+
+    `step`, with a running mean of norms one for each row; `second_moment`; `momentum_buffer`.
+    """
+    state = {"momentum_buffer": torch.zeros_like(rows)} if group.get("momentum", 0) > 0 else {}
     if group["beta"] == 0:
-        return {"step": torch.zeros((), dtype=torch.float32, device=rows.device)}
+        return state | {"step": torch.zeros((), dtype=torch.float32, device=rows.device)}
     zeros = torch.zeros((len(rows), 1), dtype=torch.float32, device=rows.device)
-    return {"step": zeros, "second_moment": zeros.to(rows.dtype, copy=True)}
+    return state | {"step": zeros, "second_moment": zeros.to(rows.dtype, copy=True)}
 
 
 def _turn(
@@ -160,26 +176,30 @@ def _turn(
         grad, kappa, grad_scale = _with_prior(v, grad, mu, group, grad_scale), 0.0, None
     arguments = (v, grad, mu, state.get("second_moment"), state["step"], lr)
     options = {"kappa": kappa, "beta": group["beta"], "eps": group["eps"]}
+    if (buffer := state.get("momentum_buffer")) is not None:
+        options |= {"momentum": group["momentum"], "momentum_buffer": buffer}
     options |= {"grad_scale": grad_scale, "found_inf": found_inf}
     if v.dtype == torch.float32:
         return sphere_step_(*arguments, **options)
-    moved, moment = sphere_step(*arguments, **options)
+    moved, moment, mean = sphere_step(*arguments, **options)
     v.copy_(moved)
     if moment is not None:
         state["second_moment"].copy_(moment)
+    if mean is not None:
+        buffer.copy_(mean)
 
 
 class SphericalSGD(_Spherical):
     """Riemannian SGD for unit rows with a von Mises-Fisher prior (arXiv 2512.13672).
 
-    Every parameter is a `[K, D]` of unit rows, float32 or float64.  `lr`, `kappa`, `mu`, `relative`, `beta` and `eps`
-    are keys of the parameter group.  The caller's `.grad` is never modified, and no step waits for the device.  Works
+    Every parameter is a `[K, D]` of unit rows, float32 or float64.  All arguments but `params` are keys of the
+    parameter group.  The caller's `.grad` is never modified, and no step waits for the device.  Works
     under `torch.amp.GradScaler`: the gradient is unscaled before the prior enters, and an overflow skips
-    the update exactly.  A row whose loss gradient is exactly zero stays where it is, with its running mean: the prior
+    the update exactly.  A row whose loss gradient is exactly zero stays where it is, with its running means: the prior
     alone moves nothing.
 
     Args:
-        params: parameters or parameter groups.
+        params: parameters or parameter groups; with `per_sample` each parameter is followed by its counts.
         lr: a number, or a one-element tensor on the parameters' device (needed inside a CUDA graph).  With
             `beta` 0 every step turns every row by arctan(lr).
         kappa: concentration of the prior; 0 is no prior.
@@ -188,11 +208,18 @@ class SphericalSGD(_Spherical):
             does not depend on the scale of the loss.  Official code and paper: False.
         beta: decay of the running mean of squared gradient norms; 0 normalises by the present norm alone.
         eps: added to the norm.
+        momentum: decay of the running mean of gradients along the sphere, which takes the gradient's place; each step
+            carries it to the tangent space of the present point.  0 steps along the present gradient alone.
+        per_sample: step along the mean of every sample's own unit gradient, so that none outweighs another
+            (`dti_fast.TokenEmbedding.per_sample`).  A parameter's `.grad` then is the sum of these and the `.grad` of
+            the counts, `[K, 1]`, their number; kappa weighs the prior against a mean of unit vectors, and a loss scale
+            cancels.  To scale or clip both gradients by one factor changes nothing.
 
     Raises:
-        ValueError: for a parameter that is not a float `[K, D]` of unit rows, for `kappa` without `mu`, or for settings
-            out of range.  Norms are looked at here and, on the CPU, at the first step; elsewhere that would wait for
-            the device.
+        ValueError: for a parameter that is not a float `[K, D]` of unit rows, for one without its counts, for `kappa`
+            without `mu`, or for settings out of range.  Norms are looked at here and, on the CPU, at the first step;
+            elsewhere that would wait for the device.
+        RuntimeError: in `step`, for a gradient without counts.
 
     Warns:
         UserWarning: for an lr so small that hardly anything moves, and in `step` for a parameter that was frozen since.
@@ -208,13 +235,36 @@ class SphericalSGD(_Spherical):
         relative: bool = False,
         beta: float = 0.0,
         eps: float = 1e-8,
+        momentum: float = 0.0,
+        per_sample: bool = False,
     ):
         defaults = {"lr": lr, "kappa": kappa, "mu": mu, "relative": relative, "beta": beta, "eps": eps}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | {"momentum": momentum, "per_sample": per_sample})
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state of an earlier version has neither
+            group.setdefault("momentum", 0.0)
+            group.setdefault("per_sample", False)
+
+    def _check(self, p, group):
+        super()._check(p, group)
+        if group["per_sample"]:
+            counts = _counts(p, group)
+            if counts is None or counts.shape != (len(p), 1):
+                raise ValueError(
+                    f"per_sample needs the counts of a parameter, [{len(p)}, 1], after it: "
+                    "params=[embedding.rows, embedding.per_sample()]"
+                )
 
     def _update(self, p, group, lr, grad_scale, found_inf):
         if not self.state[p]:
             self.state[p] = _start(p, group)
+        if group["per_sample"]:
+            counts = _counts(p, group).grad
+            if counts is None:
+                raise RuntimeError("the parameter has a gradient without counts: call TokenEmbedding.per_sample first")
+            grad_scale = counts + (counts == 0)  # a row without samples has no part in the step
         mu = group["mu"] = None if group["mu"] is None else group["mu"].to(p.device)
         _turn(p, p.grad, None if mu is None else mu.to(p.dtype), self.state[p], group, lr, grad_scale, found_inf)
 

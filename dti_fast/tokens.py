@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dti_fast import sphere
 from dti_fast.errors import UserError
-from dti_fast.ops import token_embed
+from dti_fast.ops import tangent_sum, token_embed
 from dti_fast.ops._dispatch import has_values
 from dti_fast.reference import token_embed as reference
 
@@ -34,6 +34,22 @@ class _AddedWords:
 _added: WeakKeyDictionary[object, list[_AddedWords]] = WeakKeyDictionary()
 
 
+class _PerSample(torch.autograd.Function):
+    """Unit rows `[K, D]` as each of B samples' own, `[B, K, D]`; their gradients come back through `tangent_sum`.
+
+    The rows receive the sum of unit tangents, the counts `[K, 1]` how many these are.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, counts: Tensor, samples: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows.expand(samples, -1, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return *tangent_sum(grad, *ctx.saved_tensors), None
+
+
 class TokenEmbedding(nn.Module):
     """Maps token ids `[B, S]` to `[B, S, D]`: vocabulary rows, or `magnitude x direction` for learned tokens.
 
@@ -50,6 +66,7 @@ class TokenEmbedding(nn.Module):
         directions: `[K, D]` float32 unit rows; `rows` itself, unless the norms are free.
         magnitudes: `[K, 1]` float32, the norms m; fixed, or m0 exp(log_scales).  With free norms 1, a factor of `rows`.
         log_scales: Parameter `[K, 1]` float32 after `train_magnitude`, None before.
+        counts: Parameter `[K, 1]` float32 after `per_sample`, None before.
         mu: `[K, D]` float32 unit rows: the initial directions, the mean of the von Mises-Fisher prior.
         tokens: the K token names, `<x>`, `<x>_1`, ..., as diffusers names them.  With K > 1 `<x>_0` is another name of
             `<x>`, and has the id after them (`expand`).
@@ -65,6 +82,7 @@ class TokenEmbedding(nn.Module):
         rows = initial if self.free else directions
         # A list, so that the vocabulary's parameters come first: libraries take a model's dtype from its first one.
         self.learned = nn.ParameterList([nn.Parameter(rows.clone())])
+        self.register_parameter("counts", None)
         magnitudes = torch.ones_like(rows[:, :1]) if self.free else magnitudes
         self.register_buffer("initial_magnitudes", magnitudes)
         self.register_buffer("mu", directions)
@@ -175,6 +193,7 @@ class TokenEmbedding(nn.Module):
     def state_dict(self, *args, prefix: str = "", **kwargs) -> dict:
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         weight = state.pop(f"{prefix}vocabulary.weight")
+        state.pop(f"{prefix}counts", None)  # zeros, there for their gradient alone
         # Copies, because T5 holds its embedding in two places, and safetensors writes no tensor twice.
         state |= {k: v.clone() for k, v in state.items() if k.startswith(prefix) and not kwargs.get("keep_vars")}
         state[f"{prefix}weight"] = weight
@@ -217,6 +236,23 @@ class TokenEmbedding(nn.Module):
             self.register_buffer("log_norm_statistics", torch.stack((mean, variance.sqrt())))
         return self.log_scales
 
+    def per_sample(self) -> nn.Parameter:
+        """From now on bring every sample's gradient to length one along the sphere before they are added.
+
+        A sample is a row of the ids `[B, S]`, one prompt of the loss.  `rows.grad` is then not the gradient of the loss
+        but the sum over samples of unit tangents, and the `.grad` of the counts returned, `[K, 1]`, is how many samples
+        these are: those with a gradient for the row (`dti_fast.reference.tangent_sum`).  Both add up over backward
+        passes, of whatever sizes.  `SphericalSGD` takes rows and counts, with its own `per_sample`.
+
+        Raises:
+            ValueError: for free norms, which have no sphere.
+        """
+        if self.free:
+            raise ValueError("per_sample normalises along the sphere: give the embedding a magnitude")
+        if self.counts is None:
+            self.counts = nn.Parameter(torch.zeros_like(self.initial_magnitudes))
+        return self.counts
+
     def magnitude_penalty(self) -> Tensor:
         """-log p(log m) of a normal prior, without its constant; differentiable in `log_scales`.
 
@@ -232,12 +268,13 @@ class TokenEmbedding(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Follow the model to another device, but stay float32 when it changes its dtype."""
-        parameters = [p.data for p in self.learned]
+        own = [*self.learned, *([] if self.counts is None else [self.counts])]
+        parameters = [p.data for p in own]
         buffers = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         device = self.rows.device
         if self.rows.dtype != torch.float32:
-            for p, master in zip(self.learned, parameters, strict=True):
+            for p, master in zip(own, parameters, strict=True):
                 p.data = master.to(device)
             for name, master in buffers.items():
                 setattr(self, name, master.to(device))
@@ -303,6 +340,8 @@ class TokenEmbedding(nn.Module):
             self.incomplete |= ((ids == self.first_id).sum(-1) > (ids == last_id).sum(-1)).any()
             if ids.device.type == "cpu" and not torch.compiler.is_compiling():
                 self._tell_incomplete()
+        if self.counts is not None and torch.is_grad_enabled():
+            rows = _PerSample.apply(rows, self.counts, len(ids))
         if self.log_scales is not None:
             # Times one, exactly, but with the gradient of exp(s): the op differentiates the directions alone.
             rows = rows * (self.log_scales - self.log_scales.detach()).exp()

@@ -83,9 +83,12 @@ def test_settings_by_which_checkpoints_are_told_apart():
     names = """adam_weight_decay base_precision beta dco_beta deterministic gradient_accumulation_steps
     initializer_token kappa kappa_mode learnable_property learning_rate lora_alpha lora_learning_rate
     lora_rank lora_start_step lr_scheduler lr_warmup_steps magnitude magnitude_learning_rate
-    magnitude_prior max_train_steps method mixed_precision num_vectors optimizer placeholder_token
-    pooling prediction_type reg_lambda resolution scale_lr seed train_batch_size train_magnitude"""
+    magnitude_prior max_train_steps method mixed_precision momentum num_vectors optimizer
+    per_sample_normalisation placeholder_token pooling prediction_type reg_lambda resolution scale_lr seed
+    train_batch_size train_magnitude"""
     assert sorted(TrainConfig().resolved().trajectory()) == names.split()
+    later = TrainConfig(momentum=0.0, per_sample_normalisation=False).resolved().trajectory()
+    assert later["momentum"] is later["per_sample_normalisation"] is None  # as in checkpoints of before
     constant = TrainConfig(lr_scheduler="constant").resolved().trajectory()
     assert sorted([*constant, "max_train_steps"]) == names.split()
 

@@ -9,7 +9,7 @@ from runs import ENVIRONMENT, command
 
 from dti_fast.commands.doctor import report
 
-OPS = ("sphere_step_", "token_embed", "token_embed_backward")
+OPS = ("sphere_step_", "tangent_sum", "token_embed", "token_embed_backward")
 WORKS = """
 import torch.nn.functional as F
 def memory_efficient_attention(q, k, v):

@@ -48,9 +48,9 @@ class Tape(TorchDispatchMode):
         return tape.replay
 
 
-def learn(folder, captured: bool, steps: int, device="cpu", capture=Tape.capture):
+def learn(folder, captured: bool, steps: int, device="cpu", capture=Tape.capture, **settings):
     """Directions, mean loss and first failure after `steps`, of which the one before the last gets a NaN."""
-    backbone, data, path, learner = setup(folder, device)
+    backbone, data, path, learner = setup(folder, device, **settings)
     failed = torch.zeros((), device=device)
     lr = learner.parts[0].optimizer.param_groups[0]["lr"]
     monitor = Monitor(learner.embeddings, 0, steps)
@@ -72,10 +72,13 @@ def learn(folder, captured: bool, steps: int, device="cpu", capture=Tape.capture
     return states, run
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_replays_on_new_draws_are_the_eager_steps(tiny_pipelines, family):
-    eager, _ = learn(tiny_pipelines[family], False, WARM_UP + 5)
-    captured, run = learn(tiny_pipelines[family], True, WARM_UP + 5)
+NORMALISED = {"momentum": 0.9, "per_sample_normalisation": True}
+
+
+@pytest.mark.parametrize(("family", "settings"), [("sd15", {}), ("sdxl", {}), ("sd15", NORMALISED)])
+def test_replays_on_new_draws_are_the_eager_steps(tiny_pipelines, family, settings):
+    eager, _ = learn(tiny_pipelines[family], False, WARM_UP + 5, **settings)
+    captured, run = learn(tiny_pipelines[family], True, WARM_UP + 5, **settings)
     assert run.replay.__self__.replays == 5
     for step, (ours, expected) in enumerate(zip(captured, eager, strict=True)):
         for a, b in zip(ours, expected, strict=True):
@@ -115,9 +118,9 @@ class FromTheHost(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
-def test_nothing_in_a_step_comes_from_the_host(tiny_pipelines, family):
-    backbone, data, path, learner = setup(tiny_pipelines[family], "meta")
+@pytest.mark.parametrize(("family", "settings"), [("sd15", {}), ("sd21", {}), ("sdxl", {}), ("sdxl", NORMALISED)])
+def test_nothing_in_a_step_comes_from_the_host(tiny_pipelines, family, settings):
+    backbone, data, path, learner = setup(tiny_pipelines[family], "meta", **settings)
     passes, failed = [draw(data, 2, 1000, 0, 0)], torch.zeros((), device="meta")
     monitor = Monitor(learner.embeddings, 0, 9)
     train_step(backbone, data, path, passes, learner, failed)  # makes gradients and states
@@ -128,12 +131,12 @@ def test_nothing_in_a_step_comes_from_the_host(tiny_pipelines, family):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_a_cuda_graph_is_the_eager_steps(tiny_pipelines, family):
+@pytest.mark.parametrize(("family", "settings"), [("sd15", {}), ("sdxl", {}), ("sd15", NORMALISED)])
+def test_a_cuda_graph_is_the_eager_steps(tiny_pipelines, family, settings):
     from dti_fast.trainer.graph import cuda_graph
 
-    eager, _ = learn(tiny_pipelines[family], False, WARM_UP + 5, "cuda")
-    captured, _ = learn(tiny_pipelines[family], True, WARM_UP + 5, "cuda", cuda_graph)
+    eager, _ = learn(tiny_pipelines[family], False, WARM_UP + 5, "cuda", **settings)
+    captured, _ = learn(tiny_pipelines[family], True, WARM_UP + 5, "cuda", cuda_graph, **settings)
     for ours, expected in zip(captured, eager, strict=True):
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)

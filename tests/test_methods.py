@@ -227,6 +227,12 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_pipelines, pictures, tmp_pat
         ({"method": "ti", "optimizer": "rsgd"}, "--optimizer does nothing with --method ti"),
         ({"adam_weight_decay": 0.0}, "--adam_weight_decay does nothing with --method dti"),
         ({"optimizer": "adamw", "beta": 0.9}, "--beta does nothing with --method dti --optimizer adamw"),
+        ({"optimizer": "adamw", "momentum": 0.9}, "--momentum does nothing with --method dti --optimizer adamw"),
+        (
+            {"method": "ti", "per_sample_normalisation": True},
+            "--per_sample_normalisation does nothing with --method ti",
+        ),
+        ({"momentum": 1.0}, r"--momentum must lie in \[0, 1\)"),
         ({"method": "ti", "adam_weight_decay": -1.0}, "--adam_weight_decay must not be negative"),
         ({"method": "crossinit", "reg_lambda": float("nan")}, "--reg_lambda must be a finite number"),
         ({"save_steps": 0}, "--save_steps must be at least 1"),
@@ -248,6 +254,7 @@ def test_defaults_follow_the_method():
     assert of(*adamw, method="ti") == (0.02, "constant", 1e-2, None, None, None)
     assert of(*adamw, method="ti-rescaled") == (0.02, "constant", 1e-2, None, None, "mean")
     assert of(*adamw, method="crossinit") == (0.02, "constant", 1e-2, 1e-5, None, None)
+    assert of("momentum", "per_sample_normalisation") == (0.0, False)
     assert of("learning_rate", "kappa", kappa_mode="relative") == (0.04, 0.1)
     assert of("learning_rate", "kappa", learning_rate=0.0, kappa=0.0) == (0.0, 0.0)
 

@@ -36,7 +36,9 @@ def everything(optimizer):
 
 
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("name", ["SphericalSGD", "SphericalSGD beta", "SphericalAdam", "DirectionSGD", "rows"])
+@pytest.mark.parametrize(
+    "name", ["SphericalSGD", "SphericalSGD beta", "SphericalSGD momentum", "SphericalAdam", "DirectionSGD", "rows"]
+)
 def test_a_row_without_a_loss_gradient_stays_with_its_state(name, relative):
     """After steps that gave it momentum, and under a prior that pulls elsewhere."""
     p, mu = Parameter(unit(3, 40)), unit(3, 40, seed=5)
@@ -44,6 +46,7 @@ def test_a_row_without_a_loss_gradient_stays_with_its_state(name, relative):
     optimizer = {
         "SphericalSGD": lambda: SphericalSGD([p], lr=0.1, mu=mu, **prior),
         "SphericalSGD beta": lambda: SphericalSGD([p], lr=0.1, mu=mu, beta=0.9, **prior),
+        "SphericalSGD momentum": lambda: SphericalSGD([p], lr=0.1, mu=mu, momentum=0.9, **prior),
         "SphericalAdam": lambda: SphericalAdam([p], lr=0.1, mu=mu, **prior),
         "DirectionSGD": lambda: DirectionSGD([p], lr=0.1, beta=0.9, **prior),
         "rows": lambda: DirectionSGD([p], lr=0.1, beta=0.9, rows=2, **prior),
@@ -172,16 +175,18 @@ def test_a_learning_rate_of_another_method_is_told():
         DirectionSGD([Parameter(torch.randn(9, 8))], lr=2e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
 @pytest.mark.parametrize("beta", [0.0, 0.9])
-def test_float64_parameters(beta):
+def test_float64_parameters(beta, momentum):
     """Against the formula in float64; float32 would be off by 1e-8."""
     p, mu = Parameter(unit(2, 40, dtype=torch.float64)), unit(2, 40, seed=5)
-    optimizer = SphericalSGD([p], lr=0.04, kappa=0.3, mu=mu, beta=beta)
-    v, nu = p.detach().clone(), 0.0
+    optimizer = SphericalSGD([p], lr=0.04, kappa=0.3, mu=mu, beta=beta, momentum=momentum)
+    v, nu, mean = p.detach().clone(), 0.0, torch.zeros(2, 40, dtype=torch.float64)
     for t, gradient in enumerate(gradients(20, 2, 40), 1):
         p.grad = gradient.double()
         optimizer.step()
         g = sphere.tangent(v, gradient.double() - 0.3 * mu.double())
+        g = mean = momentum * sphere.tangent(v, mean) + (1 - momentum) * g
         nu = beta * nu + (1 - beta) * g.square().sum(-1, keepdim=True)
         v = sphere.retract(v, -0.04 * g / (nu / (1 - beta**t)).sqrt())
     assert (p.detach() - v).abs().max() < 1e-9 and (optimizer.state[p]["step"] == 20).all()

@@ -36,6 +36,7 @@ def meta_adamw(monkeypatch):
         ("sd21", {}),
         ("sdxl", {}),
         ("sd15", {"kappa_mode": "relative"}),
+        ("sdxl", {"momentum": 0.9, "per_sample_normalisation": True}),
         ("sd15", {"optimizer": "adamw"}),
         ("sd15", {"method": "ti"}),
         ("sdxl", {"method": "ti-rescaled"}),

@@ -45,7 +45,8 @@ def errors(arguments, options):
     exact = sphere_step(*map(widen, arguments), **{name: widen(value) for name, value in options.items()})
     plain = sphere_step(*arguments, **options)
     sphere_step_(*arguments, **options)
-    for ours, theirs, truth in zip((arguments[0], arguments[3]), plain, exact, strict=True):
+    results = arguments[0], arguments[3], options.get("momentum_buffer")
+    for ours, theirs, truth in zip(results, plain, exact, strict=True):
         if truth is not None:
             assert ours.isfinite().all()
             size = truth.abs().max().item()
@@ -77,6 +78,63 @@ def test_options(lane, mu, beta, scale, found):
     check(*problem(3, 48, lane, mu=mu, beta=beta, scale=scale, found=found))
 
 
+def with_momentum(arguments, options, momentum=0.9, seed=5):
+    """The same step with a running mean that is of an earlier point, and so not tangent at this one."""
+    mean = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(seed)).to(arguments[0].device)
+    return arguments, options | {"momentum": momentum, "momentum_buffer": 0.3 * F.normalize(mean)}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+@pytest.mark.parametrize(("K", "D"), [(1, 1), (3, 127), (4, 1280), (33, 8192), (4099, 5)])
+def test_momentum(lane, K, D, beta):
+    check(*with_momentum(*problem(K, D, lane, grad=torch.bfloat16, beta=beta, scale=1024.0, found=0.0)))
+    check(*with_momentum(*problem(K, D, lane, mu=None, beta=beta), momentum=0.3))
+
+
+def test_every_row_has_its_own_scale(lane):
+    """As if each row's gradient had been divided before."""
+    scales = torch.tensor([[1.0], [4.0], [2.0]], device=lane)
+    arguments, options = with_momentum(*problem(3, 127, lane, beta=0.9))
+    twin = [t.clone() for t in arguments]
+    twin[1] /= scales
+    twin_options = options | {"momentum_buffer": options["momentum_buffer"].clone()}
+    options["grad_scale"] = torch.full((3, 2), torch.nan, device=lane)[:, 1:].copy_(scales)
+    sphere_step_(*arguments, **options)
+    sphere_step_(*twin, **twin_options)
+    torch.testing.assert_close(arguments[0], twin[0])
+    torch.testing.assert_close(options["momentum_buffer"], twin_options["momentum_buffer"])
+
+
+def test_one_number_may_have_two_dimensions(lane):
+    """It serves every row, and is not the first of a column."""
+    arguments, options = problem(5, 40, lane, beta=0.9)
+    twin = [t.clone() for t in arguments]
+    arguments[4] = torch.full((1, 2), torch.nan, device=lane)[:, :1].copy_(arguments[4])
+    sphere_step_(*arguments, **options | {"grad_scale": number([[2.0]], lane)})
+    sphere_step_(*twin, **options | {"grad_scale": number(2.0, lane)})
+    assert torch.equal(arguments[0], twin[0])
+
+
+def test_hundred_steps_with_momentum(lane):
+    """Against parallel transport in float64 by the exponential map's own geometry: projection shortens it by the cosine
+    of the turn and does nothing else."""
+    K, D, lr, momentum = 2, 768, 0.1, 0.9
+    generator = torch.Generator().manual_seed(1)
+    p = F.normalize(torch.randn(K, D, generator=generator)).to(lane)
+    v = p.double().cpu()
+    buffer, mean = torch.zeros(K, D, device=lane), torch.zeros(K, D, dtype=torch.float64)
+    for t in range(1, 101):
+        gradient = torch.randn(K, D, generator=generator)
+        options = {"kappa": 0.0, "beta": 0.0, "eps": 0.0, "momentum": momentum, "momentum_buffer": buffer}
+        sphere_step_(p, gradient.to(lane), None, None, number(float(t), lane), number(lr, lane), **options)
+        mean = momentum * mean + (1 - momentum) * sphere.tangent(v, gradient.double())
+        length = mean.norm(dim=-1, keepdim=True)
+        turn, unit = math.atan(lr), mean / length
+        v, mean = sphere.exp(v, -turn * unit), length * math.cos(turn) * (math.cos(turn) * unit + math.sin(turn) * v)
+        assert (mean * v).sum(-1).abs().max() < 1e-9
+    assert (p.cpu() - v).abs().max() < 1e-6
+
+
 def test_many_short_rows(lane):
     check(*problem(4099, 5, lane, beta=0.9))
 
@@ -97,13 +155,17 @@ def bits(tensor):
 def test_views_between_sentinels(lane, column):
     K, D = 4, 100
     arguments, options = problem(K, D, lane, grad=torch.bfloat16, beta=0.9)
+    arguments, options = with_momentum(arguments, options)
     homes = []
-    for index, tensor in enumerate(arguments[:4]):
+    for index, tensor in enumerate((*arguments[:4], options["momentum_buffer"])):
         width = tensor.shape[1]
         home = torch.full((K + 2, width * column + 5), torch.nan, dtype=tensor.dtype, device=lane)
         view = home[1:-1, 3 : 3 + width * column : column]
         view.copy_(tensor)
-        arguments[index] = view
+        if index < 4:
+            arguments[index] = view
+        else:
+            options["momentum_buffer"] = view
         homes.append((home, view))
     check(arguments, options)
     for home, view in homes:
@@ -137,9 +199,15 @@ def test_row_without_loss_gradient_keeps_its_bits(lane, beta, mu, scale):
     arguments[1][2] = 0
     arguments[1][3], arguments[1][3, 126] = 0, 1e-30  # one element is enough
     before, moment = arguments[0].clone(), None if beta == 0 else arguments[3].clone()
+    again = [None if t is None else t.clone() for t in arguments]
     sphere_step_(*arguments, **options)
     changed = (arguments[0] != before).any(-1)
     assert changed.tolist() == [True, True, False, mu is not None, True]
+    again, options = with_momentum(again, options)
+    mean = options["momentum_buffer"].clone()
+    sphere_step_(*again, **options)
+    for now, then in ((again[0], before), (options["momentum_buffer"], mean)):
+        assert (now != then).any(-1).tolist() == [True, True, False, True, True]
     if beta:
         assert (arguments[3] != moment).flatten().tolist() == [True, True, False, True, True]
 
@@ -166,10 +234,11 @@ def test_every_row_has_its_own_step(lane):
 def test_overflow_skips_exactly(lane):
     arguments, options = problem(4, 127, lane, grad=torch.float16, beta=0.9, scale=65536.0, found=1.0)
     arguments[1][0], arguments[1][1, 3], arguments[1][2] = torch.nan, torch.inf, 0
-    before = bits(arguments[0]), bits(arguments[3])
+    arguments, options = with_momentum(arguments, options)
+    kept = arguments[0], arguments[3], options["momentum_buffer"]
+    before = [bits(tensor) for tensor in kept]
     sphere_step_(*arguments, **options)
-    assert torch.equal(bits(arguments[0]), before[0])
-    assert torch.equal(bits(arguments[3]), before[1])
+    assert all(map(torch.equal, map(bits, kept), before))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])
@@ -232,7 +301,7 @@ def test_optimizer_under_grad_scaler(lane):
 def test_opcheck(lane):
     arguments, options = problem(3, 32, lane, grad=torch.bfloat16, beta=0.9, scale=2.0, found=0.0)
     torch.library.opcheck(torch.ops.dti_fast.sphere_step_.default, tuple(arguments), options)
-    arguments, options = problem(3, 32, lane, mu=None)
+    arguments, options = with_momentum(*problem(3, 32, lane, mu=None))
     torch.library.opcheck(torch.ops.dti_fast.sphere_step_.default, tuple(arguments), options)
 
 

@@ -109,6 +109,37 @@ def test_gradient(lane, K, D, dtype):
     assert torch.equal(ours, gradient(arguments, weight))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "first_id"), [((4, 77), 3), ((3, 5, 7), 1), ((1, 9), 3), ((9,), 3)], ids=str)
+def test_each_sample_has_directions_of_its_own(lane, shape, first_id, dtype):
+    """Values and gradients are those of the samples one by one; rows in any strides."""
+    ids, vocabulary, _, magnitudes, first_id = problem(
+        3, 40, lane, V=3, first_id=first_id, shape=shape, dtype=FLOATS[dtype]
+    )
+    directions = torch.randn(40, 3, shape[0], device=lane).T.requires_grad_()
+    weight = torch.randn(*shape, 40, device=lane).to(FLOATS[dtype])
+    out = token_embed(ids, vocabulary, directions, magnitudes, first_id)
+    (ours,) = torch.autograd.grad((out * weight).sum(), directions)
+    assert ours.shape == directions.shape and ours.dtype == torch.float32
+    for b in range(shape[0]):
+        alone = directions[b].detach().requires_grad_()
+        arguments = ids[b], vocabulary, alone, magnitudes, first_id
+        assert torch.equal(out[b], token_embed(*arguments))
+        truth = torch.stack(
+            [magnitudes[k].double() * weight[b][ids[b] == first_id + k].double().sum(0) for k in range(3)]
+        )
+        assert (ours[b] - truth).abs().max() <= 1e-6 * (1 + truth.abs().max())
+
+
+def test_no_samples_and_no_room_for_them(lane):
+    ids, vocabulary, directions, magnitudes, first_id = problem(3, 40, lane, shape=(0, 7))
+    own = torch.empty(0, 3, 40, device=lane, requires_grad=True)
+    token_embed(ids, vocabulary, own, magnitudes, first_id).sum().backward()
+    assert own.grad.shape == (0, 3, 40)
+    with pytest.raises(RuntimeError, match=r"directions must be float32 \[3, 40\] or \[0, 3, 40\]"):
+        token_embed(ids, vocabulary, directions.expand(2, 3, 40), magnitudes, first_id)
+
+
 def test_gradient_of_the_formula():
     """The backward formula against finite differences in float64."""
     ids, vocabulary, directions, magnitudes, first_id = problem(3, 5)
@@ -149,6 +180,9 @@ def test_opcheck(lane):
     torch.library.opcheck(torch.ops.dti_fast.token_embed.default, arguments)
     grad = torch.randn(2, 13, 16, device=lane)
     torch.library.opcheck(torch.ops.dti_fast.token_embed_backward.default, (grad, ids, magnitudes, first_id))
+    own = directions.detach().expand(2, -1, -1).clone().requires_grad_()
+    torch.library.opcheck(torch.ops.dti_fast.token_embed.default, (ids, vocabulary, own, magnitudes, first_id))
+    torch.library.opcheck(torch.ops.dti_fast.token_embed_backward.default, (grad, ids, magnitudes, first_id, True))
 
 
 def test_compiles_to_one_graph(lane):

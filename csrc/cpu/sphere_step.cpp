@@ -6,45 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
+#include "one_thread.h"
 
 namespace dti_fast {
 namespace {
-
-// Calls f with the row, as a pointer where its elements are neighbours: such loops the compiler can vectorise.
-template <class F>
-void with_pointer(const Row& row, F f) {
-  if (row.stride != 1) return f(row);
-  switch (row.dtype) {
-    case ScalarType::BFloat16:
-      return f(static_cast<const BFloat16*>(row.data));
-    case ScalarType::Half:
-      return f(static_cast<const Half*>(row.data));
-    default:
-      return f(static_cast<const float*>(row.data));
-  }
-}
-
-struct OneThread {
-  int64_t D;
-
-  template <class F>
-  float sum(F f) const {
-    // Sixteen partial sums, so that the compiler may use vector registers.
-    float part[16] = {};
-    int64_t i = 0;
-    for (; i + 16 <= D; i += 16)
-      for (int64_t j = 0; j < 16; ++j) part[j] += f(i + j);
-    for (; i < D; ++i) part[i % 16] += f(i);
-    for (int width = 8; width > 0; width /= 2)
-      for (int j = 0; j < width; ++j) part[j] += part[j + width];
-    return part[0];
-  }
-
-  template <class F>
-  void each(F f) const {
-    for (int64_t i = 0; i < D; ++i) f(i);
-  }
-};
 
 void sphere_step_(
     Tensor p,                             // [K, D]
@@ -56,21 +21,26 @@ void sphere_step_(
     double kappa,
     double beta,
     double eps,
+    double momentum,
+    std::optional<Tensor> momentum_buffer,  // [K, D]
     std::optional<Tensor> grad_scale,
     std::optional<Tensor> found_inf) {
   if (found_inf && *floats(found_inf) != 0) return;
   const int64_t K = p.size(0), D = p.size(1);
-  const SphereStep options(kappa, beta, eps);
+  const SphereStep options(kappa, beta, eps, momentum);
   const float rate = *floats(lr);
   const float* const counts = floats(step);
-  const int64_t count_stride = step.dim() == 2 ? step.stride(0) : 0;
-  const float inverse_scale = grad_scale ? 1 / *floats(grad_scale) : 1.0f;
+  const float* const scales = floats(grad_scale);
+  const int64_t count_stride = row_stride(step), scale_stride = scales ? row_stride(*grad_scale) : 0;
   const bool prior = mu && kappa != 0;
   const Row grad_row = first_row(grad), mu_row = prior ? first_row(*mu) : Row{};
   const int64_t p_stride = p.stride(0), p_column = p.stride(1), grad_stride = grad.stride(0);
   const int64_t mu_stride = prior ? mu->stride(0) : 0, nu_stride = second_moment ? second_moment->stride(0) : 0;
   float* const p_data = floats(p);
   float* const nu_data = second_moment ? floats(*second_moment) : nullptr;
+  float* const past_data = momentum_buffer ? floats(*momentum_buffer) : nullptr;
+  const int64_t past_stride = past_data ? momentum_buffer->stride(0) : 0;
+  const int64_t past_column = past_data ? momentum_buffer->stride(1) : 0;
 
   const int64_t rows_at_once = std::max<int64_t>(1, 32768 / std::max<int64_t>(D, 1));
   torch::stable::parallel_for(0, K, rows_at_once, [&](int64_t begin, int64_t end) {
@@ -87,9 +57,11 @@ void sphere_step_(
       });
       float unused = 0;
       float& nu = nu_data ? nu_data[k * nu_stride] : unused;
+      const auto past = [&](int64_t i) { return past_data + k * past_stride + i * past_column; };
+      const float inverse_scale = scales ? 1 / scales[k * scale_stride] : 1.0f;
       bool moved = false;
       const auto step_along = [&](auto mean) {
-        moved = sphere_step(team, row, g, mean, nu, options, inverse_scale, rate, counts[k * count_stride]);
+        moved = sphere_step(team, row, g, mean, nu, past, options, inverse_scale, rate, counts[k * count_stride]);
       };
       if (prior)
         with_pointer(mu_row.at(k, mu_stride), [&](auto mean) { step_along([=](int64_t i) -> float { return mean[i]; }); });

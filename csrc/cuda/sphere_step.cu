@@ -1,40 +1,13 @@
 // sphere_step_ on CUDA: one block per row, the row in registers, every tensor touched once.
-#include <algorithm>
-
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "arguments.h"
+#include "block.h"
 
 namespace dti_fast {
 namespace {
-
-// The threads of a block hold N elements of the row each, those with index thread, thread + blockDim.x, ...
-template <int N>
-struct Block {
-  float* warps;  // [32] shared
-
-  template <class F>
-  __device__ float sum(F f) const {
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) total += f(i);
-    for (int width = 16; width > 0; width /= 2) total += __shfl_xor_sync(~0u, total, width);
-    __syncthreads();  // the sum before this one may still be read
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
-    __syncthreads();
-    total = 0;
-    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += warps[warp];
-    return total;
-  }
-
-  template <class F>
-  __device__ void each(F f) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) f(i);
-  }
-};
 
 struct Arguments {
   float* p;  // [K, D]
@@ -45,9 +18,13 @@ struct Arguments {
   int64_t mu_stride;
   float* nu;  // [K, 1] or null
   int64_t nu_stride;
+  float* past;  // [K, D] or null
+  int64_t past_stride, past_column;
   const float* step;  // one number or [K, 1]
   int64_t step_stride;
-  const float *lr, *grad_scale, *found_inf;  // the last two may be null
+  const float* grad_scale;  // one number or [K, 1] or null
+  int64_t scale_stride;
+  const float *lr, *found_inf;  // the last may be null
   int64_t D;
   SphereStep options;
 };
@@ -60,7 +37,7 @@ __global__ void __launch_bounds__(1024) sphere_step_kernel(const Arguments a) {
   const int64_t k = blockIdx.x;
   float* const home = a.p + k * a.p_stride;
   const Row grad = a.grad.at(k, a.grad_stride), mu = a.mu.at(k, a.mu_stride);
-  const float inverse_scale = a.grad_scale ? 1 / *a.grad_scale : 1.0f;
+  const float inverse_scale = a.grad_scale ? 1 / a.grad_scale[k * a.scale_stride] : 1.0f;
   float p[N], g[N];
   const Block<N> team{warps};
   team.each([&](int64_t i) {
@@ -73,8 +50,12 @@ __global__ void __launch_bounds__(1024) sphere_step_kernel(const Arguments a) {
     const int64_t d = threadIdx.x + i * blockDim.x;
     return a.mu.data && d < a.D ? mu[d] : 0.0f;
   };
+  const auto past = [&](int64_t i) -> float* {
+    const int64_t d = threadIdx.x + i * blockDim.x;
+    return d < a.D ? a.past + k * a.past_stride + d * a.past_column : nullptr;
+  };
   const float count = a.step[k * a.step_stride];
-  const bool moved = sphere_step(team, p, g, mean, nu, a.options, inverse_scale, *a.lr, count);
+  const bool moved = sphere_step(team, p, g, mean, nu, past, a.options, inverse_scale, *a.lr, count);
   if (moved)
     team.each([&](int64_t i) {
       const int64_t d = threadIdx.x + i * blockDim.x;
@@ -93,6 +74,8 @@ void sphere_step_(
     double kappa,
     double beta,
     double eps,
+    double momentum,
+    std::optional<Tensor> momentum_buffer,  // [K, D]
     std::optional<Tensor> grad_scale,
     std::optional<Tensor> found_inf) {
   const int64_t K = p.size(0), D = p.size(1);
@@ -104,12 +87,14 @@ void sphere_step_(
       first_row(grad), grad.stride(0),
       prior ? first_row(*mu) : Row{}, prior ? mu->stride(0) : 0,
       second_moment ? floats(*second_moment) : nullptr, second_moment ? second_moment->stride(0) : 0,
-      floats(step), step.dim() == 2 ? step.stride(0) : 0, floats(lr), floats(grad_scale), floats(found_inf),
-      D, SphereStep(kappa, beta, eps)};
+      momentum_buffer ? floats(*momentum_buffer) : nullptr,
+      momentum_buffer ? momentum_buffer->stride(0) : 0, momentum_buffer ? momentum_buffer->stride(1) : 0,
+      floats(step), row_stride(step), floats(grad_scale), grad_scale ? row_stride(*grad_scale) : 0,
+      floats(lr), floats(found_inf), D, SphereStep(kappa, beta, eps, momentum)};
 
   const torch::stable::accelerator::DeviceGuard guard(p.get_device_index());
   const cudaStream_t stream = current_stream(p);
-  const unsigned threads = static_cast<unsigned>(std::clamp<int64_t>((D + 127) / 128 * 32, 32, 1024));
+  const unsigned threads = threads_for(D);
   const auto kernel = D <= 4 * threads ? sphere_step_kernel<4> : sphere_step_kernel<8>;
   kernel<<<static_cast<unsigned>(K), threads, 0, stream>>>(arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

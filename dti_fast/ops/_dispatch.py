@@ -78,9 +78,12 @@ class Operator:
         if backward is not None:
             name = f"dti_fast::{self.name}"
             torch.library.register_autograd(name, self._first_derivative, setup_context=save, lib=library)
-        positional = [a for a in self.overload._schema.arguments if not a.kwarg_only]
+        arguments = self.overload._schema.arguments
+        positional = [a for a in arguments if not a.kwarg_only]
         self._tensors = [i for i, a in enumerate(positional) if str(a.type) in ("Tensor", "Optional[Tensor]")]
-        self._written = [i for i, a in enumerate(positional) if a.alias_info is not None and a.alias_info.is_write]
+        written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        self._written = [i for i, a in enumerate(positional) if a in written]
+        self._written_by_name = [a.name for a in written if a.kwarg_only]
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -95,9 +98,9 @@ class Operator:
         key = args[0].device.type, os.environ.get("DTI_FAST_BACKEND"), wide
         implementation = self._chosen.get(key) or self._choose(*key)
         out = implementation(*args, **kwargs)
-        for i in self._written:  # so that autograd notices if it kept what is overwritten here
-            if args[i] is not None and not args[i].is_inference():
-                torch.autograd.graph.increment_version(args[i])
+        for written in (*(args[i] for i in self._written), *(kwargs.get(name) for name in self._written_by_name)):
+            if written is not None and not written.is_inference():  # so that autograd notices if it kept this one
+                torch.autograd.graph.increment_version(written)
         return out
 
     def _first_derivative(self, ctx, *grads):

@@ -8,7 +8,10 @@ from dti_fast.reference.sphere_step import sphere_step
 
 
 # Plain comparisons: torch._check with its closures takes longer than the whole step of a few rows.
-def _check(p, grad, mu, second_moment, step, lr, *, kappa, beta, eps, grad_scale=None, found_inf=None) -> None:
+def _check(
+    p, grad, mu, second_moment, step, lr, *,
+    kappa, beta, eps, momentum=0.0, momentum_buffer=None, grad_scale=None, found_inf=None,
+) -> None:  # fmt: skip
     shape, device = p.shape, p.device
     if len(shape) != 2 or p.dtype != torch.float32:
         raise RuntimeError(f"p must be float32 [K, D], got {describe(p)}")
@@ -19,9 +22,20 @@ def _check(p, grad, mu, second_moment, step, lr, *, kappa, beta, eps, grad_scale
         second_moment.shape != (shape[0], 1) or second_moment.dtype != torch.float32 or second_moment.device != device
     ):
         raise RuntimeError(f"second_moment must be float32 [{shape[0]}, 1] like p, got {describe(second_moment)}")
-    if (step.shape != (shape[0], 1) and step.numel() != 1) or step.dtype != torch.float32 or step.device != device:
-        raise RuntimeError(f"step must be one float32 number or [{shape[0]}, 1] on {device}, got {describe(step)}")
-    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+    if momentum_buffer is not None and (
+        momentum_buffer.shape != shape or momentum_buffer.dtype != torch.float32 or momentum_buffer.device != device
+    ):
+        raise RuntimeError(f"momentum_buffer must be float32 like p, {describe(p)}, got {describe(momentum_buffer)}")
+    for name, scalar in (("step", step), ("grad_scale", grad_scale)):
+        if scalar is not None and (
+            (scalar.shape != (shape[0], 1) and scalar.numel() != 1)
+            or scalar.dtype != torch.float32
+            or scalar.device != device
+        ):
+            raise RuntimeError(
+                f"{name} must be one float32 number or [{shape[0]}, 1] on {device}, got {describe(scalar)}"
+            )
+    for name, scalar in (("lr", lr), ("found_inf", found_inf)):
         if scalar is not None and (scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != device):
             raise RuntimeError(f"{name} must be one float32 number on {device}, got {describe(scalar)}")
     if mu is None and kappa != 0.0:
@@ -30,18 +44,27 @@ def _check(p, grad, mu, second_moment, step, lr, *, kappa, beta, eps, grad_scale
         raise RuntimeError(f"beta must lie in [0, 1), got {beta}")
     if (beta == 0.0) != (second_moment is None):
         raise RuntimeError("second_moment goes with a beta above 0, and only then")
+    if not 0.0 <= momentum < 1.0:
+        raise RuntimeError(f"momentum must lie in [0, 1), got {momentum}")
+    if (momentum == 0.0) != (momentum_buffer is None):
+        raise RuntimeError("momentum_buffer goes with a momentum above 0, and only then")
 
 
-def _reference(p, grad, mu, second_moment, step, lr, **options) -> None:
-    new_p, new_moment = sphere_step(p, grad, mu, second_moment, step, lr, **options)
+def _reference(p, grad, mu, second_moment, step, lr, *, momentum_buffer=None, **options) -> None:
+    new_p, new_moment, new_buffer = sphere_step(
+        p, grad, mu, second_moment, step, lr, momentum_buffer=momentum_buffer, **options
+    )
     p.copy_(new_p)
     if second_moment is not None:
         second_moment.copy_(new_moment)
+    if momentum_buffer is not None:
+        momentum_buffer.copy_(new_buffer)
 
 
 Operator(
     "sphere_step_(Tensor(a!) p, Tensor grad, Tensor? mu, Tensor(b!)? second_moment, Tensor step, Tensor lr, *, "
-    "float kappa, float beta, float eps, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    "float kappa, float beta, float eps, float momentum=0.0, Tensor(c!)? momentum_buffer=None, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     stem="sphere_step",
     check=_check,
     reference=_reference,
@@ -64,13 +87,16 @@ def sphere_step_(
     kappa: float,
     beta: float,
     eps: float,
+    momentum: float = 0.0,
+    momentum_buffer: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """Move unit rows `p` one step along the sphere, in place; nothing waits for the device.
 
-    The formula is `dti_fast.reference.sphere_step`'s.  A row whose loss gradient is exactly zero keeps its `p` and
-    `second_moment` bit for bit, whatever kappa is; one whose projected gradient is zero keeps its `p`.
+    The formula is `dti_fast.reference.sphere_step`'s.  A row whose loss gradient is exactly zero keeps its `p`,
+    `second_moment` and `momentum_buffer` bit for bit, whatever kappa is; one whose projected gradient, or mean of them,
+    is zero keeps its `p`.
 
     Args:
         p: float32 `[K, D]`, unit rows.
@@ -84,8 +110,11 @@ def sphere_step_(
         kappa: concentration of the prior; enters before projection and normalisation.
         beta: decay of `second_moment`.
         eps: added to the gradient's norm.
-        grad_scale: one float32 number, the loss scale by which `grad` is divided first.
-        found_inf: one float32 number; non-zero leaves `p` and `second_moment` exactly as they are.
+        momentum: decay of `momentum_buffer`.
+        momentum_buffer: float32 `[K, D]`, the running mean of gradients along the sphere, zero at first, in place; None
+            when `momentum` is 0.
+        grad_scale: one float32 number, the loss scale by which `grad` is divided first; or `[K, 1]`, each row's own.
+        found_inf: one float32 number; non-zero leaves everything exactly as it is.
 
     Raises:
         RuntimeError: for a shape or dtype other than these, and for tensors on different devices.
@@ -93,5 +122,6 @@ def sphere_step_(
     with torch.no_grad():
         torch.ops.dti_fast.sphere_step_(
             p, grad, mu, second_moment, _number(step, p), _number(lr, p),
-            kappa=kappa, beta=beta, eps=eps, grad_scale=grad_scale, found_inf=found_inf,
+            kappa=kappa, beta=beta, eps=eps, momentum=momentum, momentum_buffer=momentum_buffer,
+            grad_scale=grad_scale, found_inf=found_inf,
         )  # fmt: skip

@@ -20,21 +20,27 @@ def sphere_step(
     kappa: float,
     beta: float,
     eps: float,
-    grad_scale: Tensor | None = None,  # scalar
+    momentum: float = 0.0,
+    momentum_buffer: Tensor | None = None,  # [K, D] running mean of the directions; None when momentum is 0
+    grad_scale: Tensor | None = None,  # scalar or [K, 1]
     found_inf: Tensor | None = None,  # scalar, non-zero skips the update
-) -> tuple[Tensor, Tensor | None]:
-    """One update of the directions; returns the new `p` and `second_moment`, computed in p's dtype.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One update of the directions; returns the new `p`, `second_moment` and `momentum_buffer`, in p's dtype.
 
         g  = grad / grad_scale - kappa mu
+        g  = momentum m + (1 - momentum) g                   with momentum, m being the running mean so far
         g  = g - (g . p) p                                   tangent projection
+        m  = g                                               with momentum
         nu = beta nu + (1 - beta) |g|^2,  nu_hat = nu / (1 - beta^step)
         p  = normalise(p - lr g / (sqrt(nu_hat) + eps))      retraction; a row with g = 0 stays as it is
 
-    A row whose loss gradient `grad` is exactly zero has no part in this step: its `p` and `second_moment` stay bit for
-    bit, whatever kappa is.  The formula alone would normalise -kappa mu to a full step, so that a concept that the
-    batch does not show would be forgotten.
+    A row whose loss gradient `grad` is exactly zero has no part in this step: its `p`, `second_moment` and
+    `momentum_buffer` stay bit for bit, whatever kappa is.  The formula alone would normalise -kappa mu to a full step,
+    so that a concept that the batch does not show would be forgotten.
     With `beta` 0 the step is g / (|g| + eps), so that a row with |g| far above eps turns by exactly arctan(lr).
-    Source: arXiv 2512.13672, the method's update; the running mean is from its official code.
+    m was tangent at the p of the step before.  The projection, which is linear, carries it to the present p: for a row
+    that moved along m that is parallel transport, shortened by the cosine of the angle it turned by.
+    Source: arXiv 2512.13672, the method's update; the running mean nu is from its official code; momentum is our own.
     """
     used = (grad != 0).any(-1, keepdim=True)
     g = grad.to(p.dtype)
@@ -42,7 +48,10 @@ def sphere_step(
         g = g / grad_scale.to(p.dtype)
     if mu is not None and kappa != 0.0:
         g = g - kappa * mu.to(p.dtype)
+    if momentum_buffer is not None:
+        g = momentum * momentum_buffer + (1 - momentum) * g
     g = g - (g * p).sum(-1, keepdim=True) * p
+    new_buffer = None if momentum_buffer is None else torch.where(used, g, momentum_buffer)
     norm_squared = g.square().sum(-1, keepdim=True)
     if second_moment is None:
         new_moment, corrected = None, norm_squared
@@ -57,4 +66,5 @@ def sphere_step(
         skip = found_inf != 0
         new_p = torch.where(skip, p, new_p)
         new_moment = None if new_moment is None else torch.where(skip, second_moment, new_moment)
-    return new_p, new_moment
+        new_buffer = None if new_buffer is None else torch.where(skip, momentum_buffer, new_buffer)
+    return new_p, new_moment, new_buffer

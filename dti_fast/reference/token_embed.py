@@ -1,6 +1,7 @@
 """Input embeddings of a prompt whose last few ids are learned directions and whose other ids are frozen.
 
-Letters: V vocabulary rows, K learned vectors, D dimensions, `...` the shape of the ids (usually batch, sequence).
+Letters: V vocabulary rows, K learned vectors, D dimensions, `...` the shape of the ids (usually batch, sequence), B the
+first number of that shape, the samples.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 def token_embed(
     ids: Tensor,  # [...] int64
     vocabulary: Tensor,  # [V, D] frozen
-    directions: Tensor,  # [K, D]
+    directions: Tensor,  # [K, D], or [B, K, D]: each sample's own
     magnitudes: Tensor,  # [K, 1]
     first_id: int,  # ids first_id .. first_id + K - 1 are the learned ones, inside the vocabulary or beyond it
 ) -> Tensor:
@@ -22,12 +23,16 @@ def token_embed(
              vocabulary[id]                 for another id below V
              NaN                            for any id that is neither
     """
-    slot, learned = _slots(ids, len(directions), first_id)
-    vectors = (magnitudes * directions).to(vocabulary.dtype)
+    count = len(magnitudes)
+    slot, learned = _slots(ids, count, first_id)
+    vectors = (magnitudes * directions).to(vocabulary.dtype).flatten(0, -2)
     known = (ids >= 0) & (ids < len(vocabulary))
     frozen = F.embedding(ids.clamp(0, len(vocabulary) - 1), vocabulary)
     frozen = frozen.masked_fill(~known.unsqueeze(-1), torch.nan)
-    return torch.where(learned.unsqueeze(-1), F.embedding(slot.clamp(0, len(directions) - 1), vectors), frozen)
+    slot = slot.clamp(0, count - 1)
+    if directions.dim() == 3:
+        slot = slot + count * _samples(ids)
+    return torch.where(learned.unsqueeze(-1), F.embedding(slot, vectors), frozen)
 
 
 def token_embed_backward(
@@ -35,19 +40,30 @@ def token_embed_backward(
     ids: Tensor,  # [...] int64
     magnitudes: Tensor,  # [K, 1]
     first_id: int,
+    per_sample: bool = False,
 ) -> Tensor:
-    """Gradient with respect to the directions `[K, D]`, in the magnitudes' dtype, summed in the order of the positions.
+    """Gradient with respect to the directions, in the magnitudes' dtype, summed in the order of the positions.
 
     d directions[k] = magnitudes[k] sum over positions i with id = first_id + k of grad[i]
+
+    That is `[K, D]`, or with `per_sample` `[B, K, D]`, each over the positions of one sample.
     """
     count = len(magnitudes)
     slot, learned = _slots(ids, count, first_id)
+    shape, rows = (count, grad.shape[-1]), count
+    if per_sample:
+        slot, shape, rows = slot + count * _samples(ids), (len(ids), *shape), count * len(ids)
     # Every other position falls into the extra row, which the sum leaves out: NaN there stays there.
-    slot = torch.where(learned, slot, count)
-    sums = torch.ops.aten.embedding_dense_backward(grad.to(magnitudes.dtype), slot, count + 1, count, False)
-    return magnitudes * sums[:count]
+    slot = torch.where(learned, slot, rows)
+    sums = torch.ops.aten.embedding_dense_backward(grad.to(magnitudes.dtype), slot, rows + 1, rows, False)
+    return magnitudes * sums[:rows].view(shape)
 
 
 def _slots(ids: Tensor, count: int, first_id: int) -> tuple[Tensor, Tensor]:
     slot = ids - first_id
     return slot, (slot >= 0) & (slot < count)
+
+
+def _samples(ids: Tensor) -> Tensor:
+    """The number of each id's sample, as `[B, 1, ...]`."""
+    return torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.dim() - 1))

@@ -37,6 +37,7 @@ METHODS = {
     "dti": {
         "learning_rate": 0.04, "lr_scheduler": "cosine", "magnitude": "mean",
         "optimizer": "rsgd", "kappa_mode": "absolute", "kappa": 1e-4, "beta": 0.0,
+        "momentum": 0.0, "per_sample_normalisation": False,
     },
     "ti": _ADAMW,
     "ti-rescaled": {**_ADAMW, "magnitude": "mean"},
@@ -174,6 +175,12 @@ class TrainConfig:
     beta: Annotated[float | None, Parameter(group=_ablations)] = None
     """For dti with rsgd: decay of the running mean of squared gradient norms; the default, 0, normalises by the
     present norm alone."""
+    momentum: Annotated[float | None, Parameter(group=_ablations)] = None
+    """For dti with rsgd: decay of the running mean of gradients, carried along the sphere, by which a step goes. The
+    default, 0, goes by the present gradient alone."""
+    per_sample_normalisation: Annotated[bool | None, Parameter(group=_ablations)] = None
+    """For dti with rsgd: bring each picture's gradient to length one before they are added, so that no noise level
+    outweighs another. Not the paper's; with momentum a run needs fewer pictures (docs/methods.md)."""
     adam_weight_decay: Annotated[float | None, Parameter(group=_ablations)] = None
     """Weight decay of the learned vectors, for the methods other than dti. Default: 0.01."""
     reg_lambda: Annotated[float | None, Parameter(group=_ablations)] = None
@@ -249,7 +256,8 @@ class TrainConfig:
         """The settings of `METHODS`, with the defaults of this method; None for those that it does not use."""
         defaults, choice = dict(METHODS[self.method]), f"--method {self.method}"
         if self.method == "dti" and self.optimizer == "adamw":
-            del defaults["beta"]
+            for name in ("beta", "momentum", "per_sample_normalisation"):
+                del defaults[name]
             choice += " --optimizer adamw"
         if self.kappa_mode == "relative":
             defaults["kappa"] = 0.1
@@ -317,7 +325,9 @@ class Settings(TrainConfig):
         At a constant learning rate the number of steps is none of them.
         """
         free = _FREE_ON_RESUME | ({"max_train_steps"} if self.lr_scheduler == "constant" else set())
-        return {k: v for k, v in asdict(self).items() if k not in free}
+        # Checkpoints from before these settings existed have none of them.
+        later = {"momentum": self.momentum or None, "per_sample_normalisation": self.per_sample_normalisation or None}
+        return {k: v for k, v in (asdict(self) | later).items() if k not in free}
 
     def to_dict(self) -> dict:
         """Names and values as config files have them, for a run from the start; those that are None are left out."""

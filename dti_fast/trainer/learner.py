@@ -39,11 +39,12 @@ def install_embeddings(config: Settings, backbone: Backbone) -> list[TokenEmbedd
 
 def _optimizer(config: Settings, embeddings: list[TokenEmbedding], lr: Tensor) -> torch.optim.Optimizer:
     if config.method == "dti":
-        groups = [{"params": [e.rows], "mu": e.mu} for e in embeddings]
+        per_sample = bool(config.per_sample_normalisation)
+        groups = [{"params": [e.rows, e.per_sample()] if per_sample else [e.rows], "mu": e.mu} for e in embeddings]
         prior = {"kappa": config.kappa, "relative": config.kappa_mode == "relative"}
         if config.optimizer == "adamw":
             return SphericalAdam(groups, lr=lr, **prior)
-        return SphericalSGD(groups, lr=lr, **prior, beta=config.beta)
+        return SphericalSGD(groups, lr=lr, **prior, beta=config.beta, momentum=config.momentum, per_sample=per_sample)
     optimizer = torch.optim.AdamW(
         [e.rows for e in embeddings], lr=0.0, weight_decay=config.adam_weight_decay, fused=True, capturable=True
     )
