@@ -185,7 +185,7 @@ def _turn(
     v.copy_(moved)
     if moment is not None:
         state["second_moment"].copy_(moment)
-    if mean is not None:
+    if buffer is not None:
         buffer.copy_(mean)
 
 

@@ -1,7 +1,5 @@
 """Counts that are kept: those that are shipped are right, and others are made once."""
 
-import time
-
 import pytest
 import torch
 
@@ -29,10 +27,8 @@ def test_shipped_counts_are_what_is_counted(monkeypatch):
 @pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl"])
 def test_known_models_are_planned_without_counting(model, monkeypatch):
     monkeypatch.setattr(Estimator, "_backbone", property(lambda self: pytest.fail("a model was built")))
-    began = time.process_time()
     plan = Estimator(model, torch.bfloat16, batch=4).choose(["bf16", "int8", "nf4"], 12 * 2**30)
     assert plan.fits(12 * 2**30)
-    assert time.process_time() - began < 2  # measured: 0.1
 
 
 def test_a_count_is_made_once_for_a_configuration(tiny_pipelines, tmp_path, monkeypatch):

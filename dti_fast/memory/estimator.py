@@ -184,6 +184,8 @@ class Estimator:
     def _count_pass(self, mode: str, micro_batch: int) -> Count:
         backbone, _ = self._backbone, self._lengths
         backbone.optimize_frozen(mode, self._attention)
+        for module in backbone.modules():  # as in a run's first step, which makes the gradients
+            module.zero_grad(set_to_none=True)
         with self._fake:
             data, path = self._dataset(micro_batch), backbone.path()
             index = torch.zeros(micro_batch, dtype=torch.int64)
