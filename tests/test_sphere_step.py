@@ -121,7 +121,7 @@ def test_hundred_steps_with_momentum(lane):
     K, D, lr, momentum = 2, 768, 0.1, 0.9
     generator = torch.Generator().manual_seed(1)
     p = F.normalize(torch.randn(K, D, generator=generator)).to(lane)
-    v = p.double().cpu()
+    v = F.normalize(p.double().cpu())
     buffer, mean = torch.zeros(K, D, device=lane), torch.zeros(K, D, dtype=torch.float64)
     for t in range(1, 101):
         gradient = torch.randn(K, D, generator=generator)
