@@ -57,6 +57,10 @@ def test_refusals(concepts, tmp_path):
     with pytest.raises(UserError, match="between 1 and 1000, got 1001"):
         settings = DrawSettings(num_inference_steps=1001)
         generate(prompt=["a <a>"], embedding=[paths["a"]], output=output, settings=settings)
+    with pytest.raises(UserError, match=r"must be a \.png file, got"):
+        generate(prompt=["a <a>"], embedding=[paths["a"]], output=tmp_path / "out.jpg")
+    with pytest.raises(UserError, match=r"there is no folder .*; make it first"):
+        generate(prompt=["a <a>"], embedding=[paths["a"]], output=tmp_path / "new" / "out.png")
     with pytest.raises(UserError, match="--token must be one word"):
         blend(paths["a"], paths["a"], save=0.5, token="two words", output=output)
     write_single_file(tmp_path / "c.safetensors", [vectors["b"]], {"token": "<c>"})

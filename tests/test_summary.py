@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import write_pictures
+from runs import command, train_arguments, write_pictures
 
 from dti_fast.backbones.load import load_backbone
 from dti_fast.data.folder import find_pictures, load_pictures
@@ -79,6 +79,7 @@ def test_lines(summarised, tiny_pipelines, tmp_path):
         ({"resolution": 128}, "enlarged to 128 pixels, which blurs them: 0.png (100 x 80)"),
         ({"lr_warmup_steps": 500}, "--lr_warmup_steps 500 is no shorter than the run of 400 steps"),
         ({"learning_rate": 5e-4, "max_train_steps": 40}, "40 steps turn a vector by about 0.6 degrees at most"),
+        ({"learning_rate": 1.5}, "every step turns a vector by more than 45 degrees"),
         ({"validation_prompt": ["a dog"]}, "--validation_prompt 'a dog' has no {} for the concept"),
         ({"validation_prompt": ["a dog"], "num_validation_images": 0}, None),
     ],
@@ -95,6 +96,14 @@ def test_a_large_model_on_a_cpu(summarised, tmp_path, monkeypatch):
     _, warned = summarised(write_pictures(tmp_path / "pictures", 1))
     assert len(warned) == 1
     assert "billion weights on the CPU" in warned[0]
+
+
+def test_a_run_that_learned_nothing_is_told(tiny_pipelines, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 1)
+    run = command(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out", max_train_steps=10, kappa=1e9))
+    assert run.returncode == 0, run.stderr
+    assert "degrees from the initial word, so hardly anything was learned" in run.stderr
+    assert "a smaller --kappa" in run.stderr
 
 
 def test_the_preview_shows_the_pictures_as_the_model_sees_them(backbone, tmp_path, monkeypatch):
