@@ -107,8 +107,12 @@ class DrawSettings:
 
 def check_picture_path(path: Path) -> None:
     """Raise a UserError unless `path` can be written as a PNG."""
-    if path.suffix.lower() != ".png" or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output must be a .png file in a folder that can be written, got {str(path)!r}")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--output must be a .png file, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {str(path.parent)!r} for --output {str(path)!r}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"the folder {str(path.parent)!r} of --output cannot be written; choose another")
 
 
 def pick_model(model: str | None, prediction_type: str | None, metadata: list[dict]) -> tuple[str, str | None]:

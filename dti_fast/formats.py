@@ -166,6 +166,11 @@ def read_embedding_file(path: Path, *, allow_pickle: bool = False, name: str | N
         layout = "a key for each vector"
         token, vectors = numbered[0], {"clip_l": numbered[1]}
         metadata = {"token": token, **metadata}
+    elif any(key.startswith("directions.") for key in keys):
+        raise UserError(
+            f"{str(path)!r} is a checkpoint, for a run to go on from: give the output folder of a finished run, or "
+            "have embeddings written on the way with --save_steps"
+        )
     else:
         raise UserError(f"{str(path)!r} is no embedding file: its keys are {', '.join(sorted(tensors)[:5])}")
     if bundled:

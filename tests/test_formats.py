@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from dti_fast import load_embedding
 from dti_fast.errors import UserError
+from dti_fast.files import write_tensors
 from dti_fast.formats import lora_paths, placeholder_stem, read_embeddings, write_embeddings, write_single_file
 from dti_fast.pipelines import find_lora, load_vectors
 
@@ -138,6 +139,15 @@ def test_a_lora_acts_only_with_the_embedding_it_was_learned_with(tmp_path):
     assert found == {"with": lora, "without": None, "foreign": None}
     assert find_lora(tmp_path) == lora
     assert find_lora(tmp_path / "x.pt") is None
+
+
+def test_a_checkpoint_is_no_embedding(tmp_path):
+    write_tensors(
+        {"directions.0": torch.ones(1, 32), "directions.0/step": torch.ones(())},
+        tmp_path / "checkpoint-000100.safetensors",
+    )
+    with pytest.raises(UserError, match="is a checkpoint, for a run to go on from"):
+        read_embeddings(tmp_path / "checkpoint-000100.safetensors")
 
 
 def test_a_run_that_is_not_finished_says_so(tmp_path):

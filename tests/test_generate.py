@@ -57,9 +57,23 @@ def test_refusals(concepts, tmp_path):
     with pytest.raises(UserError, match="between 1 and 1000, got 1001"):
         settings = DrawSettings(num_inference_steps=1001)
         generate(prompt=["a <a>"], embedding=[paths["a"]], output=output, settings=settings)
+    with pytest.raises(UserError, match=r"must be a \.png file, got"):
+        generate(prompt=["a <a>"], embedding=[paths["a"]], output=tmp_path / "out.jpg")
+    with pytest.raises(UserError, match=r"there is no folder .*; make it first"):
+        generate(prompt=["a <a>"], embedding=[paths["a"]], output=tmp_path / "new" / "out.png")
     with pytest.raises(UserError, match="--token must be one word"):
         blend(paths["a"], paths["a"], save=0.5, token="two words", output=output)
+    write_single_file(tmp_path / "c.safetensors", [vectors["b"]], {"token": "<c>"})
+    with pytest.raises(UserError, match="does not say which model it is for: give --pretrained_model_name_or_path"):
+        generate(prompt=["a {}"], embedding=[tmp_path / "c.safetensors"], output=output)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_concept_that_the_text_encoder_does_not_see_is_told(concepts, tmp_path):
+    prompts, settings = ["dog " * 74 + "{}", "dog " * 73 + "{}"], DrawSettings(num_images=1, num_inference_steps=2)
+    with pytest.warns(UserWarning, match="<a> lies beyond the 77 tokens") as caught:
+        generate(prompt=prompts, embedding=[concepts[1]["a"]], output=tmp_path / "out.png", settings=settings)
+    assert len(caught) == 1
 
 
 def test_a_token_that_is_a_word(tiny_pipelines, concepts, tmp_path):

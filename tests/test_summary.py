@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import ENVIRONMENT, write_pictures
+from runs import ENVIRONMENT, command, train_arguments, write_pictures
 
 from dti_fast.data.folder import find_pictures
 from dti_fast.quiet import quiet_libraries
@@ -80,6 +80,7 @@ def test_a_summary_names_what_is_used_and_what_is_not(told, tmp_path):
         ({"side": 96}, "0.png (100 x 80), 1.png (100 x 80), 2.png (100 x 80)"),
         ({"learning_rate": 5e-4}, "100 steps turn a vector by about 1.4 degrees at most"),  # half of 100 arctan(5e-4)
         ({"max_train_steps": 4, "lr_scheduler": "constant"}, "4 steps turn a vector by about 9.2 degrees at most"),
+        ({"learning_rate": 1.5}, "every step turns a vector by more than 45 degrees"),
         ({"lr_warmup_steps": 100}, "--lr_warmup_steps 100 is no shorter than the run of 100 steps"),
         ({"validation_prompt": ["a {}", "a <concept>", "a dog"]}, "--validation_prompt 'a dog' has no {}"),
     ],
@@ -137,3 +138,11 @@ def test_a_caller_of_the_library_hears_no_other(tmp_path):
         [sys.executable, "-c", code, tmp_path / "out"], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_a_run_that_learned_nothing_is_told(tiny_pipelines, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 1)
+    run = command(*train_arguments(tiny_pipelines["sd15"], folder, tmp_path / "out", max_train_steps=10, kappa=1e9))
+    assert run.returncode == 0, run.stderr
+    assert "degrees from the initial word, so hardly anything was learned" in run.stderr
+    assert "a smaller --kappa" in run.stderr

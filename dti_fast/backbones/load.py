@@ -23,7 +23,10 @@ from dti_fast.errors import UserError
 from dti_fast.frozen.quantise import PRECISIONS, quantise_frozen
 from dti_fast.quiet import quiet_libraries
 
-ALIASES = {"sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+ALIASES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
 BUNDLED = {Pocket.name: Pocket}
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # neither ./model nor ../model

@@ -78,7 +78,7 @@ def blend(
             columns = settings.draw(backbone, named, settings.num_images or 1)
             for i, row in enumerate(zip(*columns, strict=True)):
                 rows.append((f"{text}, seed {settings.seed + i}: {_name(a)} to {_name(b)}", list(row)))
-        save_picture(grid(rows, cell=None), output)
+        save_picture(grid(rows), output)
         paths.append(output)
     if save is not None:
         paths.append(output.with_name(f"{output.stem}-{save:g}.safetensors"))

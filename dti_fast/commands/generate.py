@@ -6,6 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from dti_fast.backbones import Backbone
 from dti_fast.drawing import DrawSettings, check_picture_path, grid, save_picture
 from dti_fast.errors import UserError
 from dti_fast.formats import read_embeddings, token_names
@@ -62,11 +63,29 @@ def generate(
     for path, (_, metadata) in zip(embeddings, concepts, strict=True):
         if metadata.get("lora_rank", "0") != "0" and find_lora(path) is None:
             warnings.warn(f"the LoRA that was learned with {metadata['token']} does not lie beside it", stacklevel=2)
+    warn_of_unseen(backbone, prompts, {token: len(v[0]) for token, (v, _) in zip(tokens, concepts, strict=True)})
     count = settings.num_images or 4
     rows = list(zip(prompts, settings.draw(backbone, prompts, count), strict=True))
     single = len(rows) == count == 1
     save_picture(rows[0][1][0] if single else grid(rows), output)
     print(f"wrote {output}")
+
+
+def warn_of_unseen(backbone: Backbone, prompts: list[str], counts: dict[str, int]) -> None:
+    """Warn of concepts, each a token with its number of vectors, that lie beyond what a text encoder sees."""
+    last = {token: token_names(token, count)[-1] for token, count in counts.items()}
+    unseen = {
+        (prompt, token): len(row)
+        for (ids, _), tokenizer in zip(backbone.tokenize(prompts), backbone.tokenizers, strict=True)
+        for prompt, row in zip(prompts, ids.tolist(), strict=True)
+        for token, name in last.items()
+        if token in prompt and tokenizer.convert_tokens_to_ids(name) not in row
+    }
+    for (prompt, token), seen in unseen.items():
+        warnings.warn(
+            f"{token} lies beyond the {seen} tokens that the text encoder sees, so it is not drawn: {prompt[:40]!r}...",
+            stacklevel=3,
+        )
 
 
 def check_tokens(concepts: list[tuple[Path, str, int]]) -> None:

@@ -27,7 +27,7 @@ _FREE_ON_RESUME = {
     "output_dir", "save_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
     "logging_steps", "validation_prompt", "validation_steps", "num_validation_images", "train_data_dir",
     "pretrained_model_name_or_path", "quantised_cache", "gradient_checkpointing", "recompute", "attention",
-    "cuda_graph", "vram", "device", "overwrite",
+    "cuda_graph", "vram", "device", "overwrite", "variant",
 }  # fmt: skip
 
 # Settings that depend on the method, with its defaults: the paper's for the methods it compares with.  A method does

@@ -34,6 +34,8 @@ from dti_fast.trainer.preview import save_preview
 from dti_fast.trainer.step import learning_rates, schedule, train_step
 from dti_fast.trainer.summary import summarise
 
+LEAST_ANGLE = 1.0  # degrees; a concept that is learned lies tens from its initial word
+
 
 class Cancel(Protocol):
     """What asks a run to stop, such as a `threading.Event`."""
@@ -231,6 +233,13 @@ def run(
             if preview_now and config.num_validation_images and not last and not cancelled:
                 preview(f"preview-{step:06d}.png")
 
+        finished = log is not None and not cancelled
+        if finished and config.method == "dti" and max(log.angle_degrees) < LEAST_ANGLE:
+            warnings.warn(
+                f"the vectors moved {max(log.angle_degrees):.1f} degrees from the initial word, so hardly anything was "
+                "learned: try a larger --learning_rate, more --max_train_steps, or a smaller --kappa",
+                stacklevel=2,
+            )
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         embedding_paths: list[Path] = []
         lora_files: list[Path] = []

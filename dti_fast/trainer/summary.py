@@ -33,7 +33,8 @@ def summarise(
 
     Warns:
         UserWarning: a large model on a CPU; pictures smaller than the resolution; a learning rate that cannot turn
-            the vectors far, or a warm-up without an end; a validation prompt without the concept.
+            the vectors far, or turns them too far at once; a warm-up without an end; a validation prompt without the
+            concept.
     """
     weights = sum(p.numel() for module in backbone.modules() for p in module.parameters())
     device = next(backbone.denoiser.parameters()).device
@@ -95,6 +96,11 @@ def _warn(config: Settings, device: torch.device, weights: int, pictures: list[P
         found.append(
             f"at this learning rate {config.max_train_steps} steps turn a vector by about {turn:.1f} degrees at most, "
             "which is hardly enough; raise --learning_rate (its default is 0.04) or --max_train_steps"
+        )
+    if config.method == "dti" and config.effective_learning_rate > 1:
+        found.append(
+            f"at a learning rate of {config.effective_learning_rate:g} every step turns a vector by more than 45 "
+            "degrees, so that the steps undo each other; the default is 0.04"
         )
     for prompt in (config.validation_prompt or []) if config.num_validation_images else []:
         if "{}" not in prompt and config.placeholder_token not in prompt:
