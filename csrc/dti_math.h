@@ -118,16 +118,16 @@ DTI_HD bool sphere_step(
   return norm_squared != 0;
 }
 
-// Adds to `sum`, [D], the unit tangent of one sample's gradient g, [D], which is overwritten; p is the row, [D]:
+// Adds to `sum`, [D], the unit tangent of one sample's gradient g, [D], which is overwritten; p(i) is the row's element:
 //
 //     g   = g - (g . p) p
 //     sum = sum + g / |g|
 //
 // Returns false, and adds nothing, where g is zero along the sphere.
-template <class Team>
-DTI_HD bool add_tangent(const Team& team, float* sum, float* g, const float* p) {
-  const float along = team.sum([&](int64_t i) { return g[i] * p[i]; });
-  team.each([&](int64_t i) { g[i] -= along * p[i]; });
+template <class Team, class Point>
+DTI_HD bool add_tangent(const Team& team, float* sum, float* g, Point p) {
+  const float along = team.sum([&](int64_t i) { return g[i] * p(i); });
+  team.each([&](int64_t i) { g[i] -= along * p(i); });
   const float norm_squared = team.sum([&](int64_t i) { return g[i] * g[i]; });
   if (norm_squared == 0) return false;
   const float inverse_norm = 1 / sqrtf(norm_squared);

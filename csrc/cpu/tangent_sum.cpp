@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> tangent_sum(
         with_pointer(grad_row.at(b, sample_stride).at(k, grad_stride), [&](auto from) {
           team.each([&](int64_t i) { g[i] = from[i]; });
         });
-        if (add_tangent(team, sum, g, row)) ++count_data[k];
+        if (add_tangent(team, sum, g, [&](int64_t i) { return row[i]; })) ++count_data[k];
       }
     }
   });

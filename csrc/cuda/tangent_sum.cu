@@ -1,4 +1,4 @@
-// tangent_sum on CUDA: one block per row, row and sum in registers, every tensor touched once.
+// tangent_sum on CUDA: one block per row, gradient and sum in registers; the row comes from the cache.
 #include <algorithm>
 #include <tuple>
 
@@ -26,13 +26,11 @@ __global__ void __launch_bounds__(1024) tangent_sum_kernel(
     int64_t D) {
   __shared__ float warps[32];
   const int64_t k = blockIdx.x;
-  float p[N], g[N], sum[N], count = 0;
+  float g[N], sum[N], count = 0;
   const Block<N> team{warps};
   const auto at = [&](int64_t i) { return threadIdx.x + i * static_cast<int64_t>(blockDim.x); };
-  team.each([&](int64_t i) {
-    p[i] = at(i) < D ? rows[k * p_stride + at(i) * p_column] : 0.0f;
-    sum[i] = 0;
-  });
+  const auto p = [&](int64_t i) { return at(i) < D ? rows[k * p_stride + at(i) * p_column] : 0.0f; };
+  team.each([&](int64_t i) { sum[i] = 0; });
   for (int64_t b = 0; b < B; ++b) {
     const Row grad = grads.at(b, sample_stride).at(k, grad_stride);
     team.each([&](int64_t i) { g[i] = at(i) < D ? grad[at(i)] : 0.0f; });
