@@ -222,7 +222,7 @@ def test_a_concept_is_drawn_as_it_was_taught(tiny_pipelines, evaluators, tmp_pat
     ("settings", "message"),
     [
         ({}, "give --train_data_dir"),
-        ({"seeds": []}, "there must be a seed"),
+        ({"seeds": []}, "--seeds is empty"),
         ({"num_inference_steps": 0}, "--num_inference_steps"),
         ({"train_data_dir": True, "guidance_scale": 2.0}, "--guidance_scale does nothing for concepts of the pocket"),
         ({"train_data_dir": True, "mask_dir": Path("nothing")}, "--mask_dir"),
