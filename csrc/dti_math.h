@@ -118,20 +118,21 @@ DTI_HD bool sphere_step(
   return norm_squared != 0;
 }
 
-// Adds to `sum`, [D], the unit tangent of one sample's gradient g, [D], which is overwritten; p(i) is the row's element:
+// Adds up unit tangents: of one sample's gradient g, [D], which is overwritten; p(i) is the row's element, and add(i, u)
+// adds u to the sum's:
 //
 //     g   = g - (g . p) p
 //     sum = sum + g / |g|
 //
 // Returns false, and adds nothing, where g is zero along the sphere.
-template <class Team, class Point>
-DTI_HD bool add_tangent(const Team& team, float* sum, float* g, Point p) {
+template <class Team, class Point, class Add>
+DTI_HD bool add_tangent(const Team& team, float* g, Point p, Add add) {
   const float along = team.sum([&](int64_t i) { return g[i] * p(i); });
   team.each([&](int64_t i) { g[i] -= along * p(i); });
   const float norm_squared = team.sum([&](int64_t i) { return g[i] * g[i]; });
   if (norm_squared == 0) return false;
   const float inverse_norm = 1 / sqrtf(norm_squared);
-  team.each([&](int64_t i) { sum[i] += inverse_norm * g[i]; });
+  team.each([&](int64_t i) { add(i, inverse_norm * g[i]); });
   return true;
 }
 

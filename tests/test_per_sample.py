@@ -279,3 +279,16 @@ def test_a_run_that_stopped_is_resumed_bit_for_bit(tiny_pipelines, pictures, tmp
     assert last["directions.0/momentum_buffer"].norm() > 0.01
     run = command(*train_arguments(model, pictures, rest, **settings | {"momentum": 0.0}))
     assert run.returncode == 2 and "momentum (was 0.9)" in run.stderr
+
+
+def test_compiles_to_one_graph():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    concept, _, loss = problem()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compile(loss, fullgraph=True, backend=counter)(BOTH).backward()
+    ours = [concept.rows.grad, concept.counts.grad]
+    concept.rows.grad = concept.counts.grad = None
+    loss(BOTH).backward()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(ours, [concept.rows.grad, concept.counts.grad])

@@ -34,7 +34,8 @@ std::tuple<Tensor, Tensor> tangent_sum(
         with_pointer(grad_row.at(b, sample_stride).at(k, grad_stride), [&](auto from) {
           team.each([&](int64_t i) { g[i] = from[i]; });
         });
-        if (add_tangent(team, sum, g, [&](int64_t i) { return row[i]; })) ++count_data[k];
+        const auto point = [&](int64_t i) { return row[i]; };
+        if (add_tangent(team, g, point, [&](int64_t i, float u) { sum[i] += u; })) ++count_data[k];
       }
     }
   });
