@@ -168,7 +168,7 @@ def test_a_failed_build_is_tried_once_and_its_reason_is_shown(monkeypatch, tmp_p
     assert all(line.endswith(remembered) for line in step())
     assert calls.read_text().count("call") == 1
     report = subprocess.run(
-        [sys.executable, "-m", "dti_fast.doctor"], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "dti_fast.cli", "doctor"], env=environment, capture_output=True, text=True, check=True
     )
     assert remembered in report.stdout and "In file x" not in report.stdout
     # Asked for, it is tried; and another compiler is another chance.
