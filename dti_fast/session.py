@@ -24,7 +24,8 @@ from dti_fast.pipelines import lora_of
 from dti_fast.tokens import TokenEmbedding
 from dti_fast.trainer.config import Settings, TrainConfig
 from dti_fast.trainer.loggers import Logger, Loggers, make_logger
-from dti_fast.trainer.run import Cancel, Job, Result, prepare, run
+from dti_fast.trainer.result import Result
+from dti_fast.trainer.run import Cancel, Job, prepare, run
 
 
 class Session:

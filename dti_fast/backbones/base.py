@@ -172,7 +172,8 @@ class Backbone:
 
     def tokenize(self, prompts: Sequence[str]) -> list[Tokens]:
         """Per text encoder the ids and mask, int64 `[P, S]`, that the stock pipeline makes of prompts."""
-        return record_tokens(self, [self.spell(prompt) for prompt in prompts])
+        spelled = [self.spell(prompt) for prompt in prompts]
+        return record_tokens(self.pipeline, self.text_encoders, self.denoiser, spelled, **self.call_arguments)
 
     def spell(self, prompt: str) -> str:
         """The prompt in which every concept is written as all of its tokens, unless the pipeline does that itself."""

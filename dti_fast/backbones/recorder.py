@@ -3,16 +3,12 @@
 Templates, instructions, lengths, lowering and the spelling of learned words all stay the pipeline's own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from dti_fast.backbones.base import Backbone
 
 Tokens = tuple[Tensor, Tensor]  # ids and mask of prompts, int64 [P, S]
 
@@ -42,9 +38,16 @@ class _Repeated:
         return self.tensor
 
 
-def record_tokens(backbone: "Backbone", prompts: Sequence[str]) -> list[Tokens]:
-    """Per text encoder the ids and mask of prompts, padded to the longest; no model computes anything."""
-    rows = [_record(backbone, prompt) for prompt in prompts]
+def record_tokens(
+    pipeline, text_encoders: Sequence[nn.Module], denoiser: nn.Module, prompts: Sequence[str], **call_arguments
+) -> list[Tokens]:
+    """Per text encoder the ids and mask of prompts, padded to the longest; no model computes anything.
+
+    Args:
+        pipeline: of diffusers, with these text encoders and this denoiser in it.
+        call_arguments: with which the pipeline is called beside the prompt.
+    """
+    rows = [_record(pipeline, text_encoders, denoiser, prompt, call_arguments) for prompt in prompts]
     tokens = []
     for of_encoder in zip(*rows, strict=True):
         longest = max(len(ids) for ids, _ in of_encoder)
@@ -54,19 +57,21 @@ def record_tokens(backbone: "Backbone", prompts: Sequence[str]) -> list[Tokens]:
 
 
 @torch.no_grad()
-def _record(backbone: "Backbone", prompt: str) -> list[Tokens]:
+def _record(
+    pipeline, text_encoders: Sequence[nn.Module], denoiser: nn.Module, prompt: str, call_arguments: Mapping
+) -> list[Tokens]:
     """Per text encoder ids and mask `[S]` of its first call, which is that for the positive prompt."""
-    calls: list[list[Tokens]] = [[] for _ in backbone.text_encoders]
+    calls: list[list[Tokens]] = [[] for _ in text_encoders]
 
     def stop(*args, **kwargs):
         raise _Recorded
 
     with ExitStack() as stack:
-        for encoder, noted in zip(backbone.text_encoders, calls, strict=True):
+        for encoder, noted in zip(text_encoders, calls, strict=True):
             stack.enter_context(_forward(encoder, _blank_forward(encoder, noted)))
-        stack.enter_context(_forward(backbone.denoiser, stop))
+        stack.enter_context(_forward(denoiser, stop))
         with suppress(_Recorded):
-            backbone.pipeline(prompt=prompt, num_inference_steps=2, **backbone.call_arguments)
+            pipeline(prompt=prompt, num_inference_steps=2, **call_arguments)
     return [noted[0] for noted in calls]
 
 

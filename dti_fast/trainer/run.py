@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from dti_fast.backbones import Backbone
 from dti_fast.backbones.recorder import Tokens
@@ -31,6 +30,7 @@ from dti_fast.trainer.loggers.jsonl import Jsonl
 from dti_fast.trainer.monitor import GRADIENT_DEADLINE, Monitor
 from dti_fast.trainer.output import check_output, check_unused, forget_run, locked, mean_norms, save_concept
 from dti_fast.trainer.preview import save_preview
+from dti_fast.trainer.result import Result
 from dti_fast.trainer.step import learning_rates, schedule, train_step
 from dti_fast.trainer.summary import summarise
 
@@ -41,40 +41,6 @@ class Cancel(Protocol):
     """What asks a run to stop, such as a `threading.Event`."""
 
     def is_set(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run leaves behind.
-
-    Attributes:
-        embedding_paths, lora_paths, preview_path: the files of a finished run.
-        log_path: log.jsonl.
-        placeholder, pooling: the new word, and where pooled text features are taken with it.
-        vectors: float32 `[K, D]` for each text encoder, on the CPU.
-        magnitudes: for each text encoder the mean norm of its vectors.
-        steps: that were made, those before a resume included.
-        loss: mean over the last `logging_steps`; NaN if none was read.
-        angle_degrees: for each text encoder the mean angle to the initial directions.
-        seconds: of this process, from checking the settings on.
-        peak_memory: the most bytes that PyTorch held on a CUDA device; None elsewhere.
-        stopped: "finished" or "cancelled"; a cancelled run leaves a checkpoint and no embedding files.
-    """
-
-    embedding_paths: list[Path]
-    lora_paths: list[Path]
-    preview_path: Path | None
-    log_path: Path
-    placeholder: str
-    pooling: str
-    vectors: list[Tensor]
-    magnitudes: list[float]
-    steps: int
-    loss: float
-    angle_degrees: list[float]
-    seconds: float
-    peak_memory: int | None
-    stopped: str
 
 
 @dataclass(frozen=True)
@@ -233,8 +199,8 @@ def run(
             if preview_now and config.num_validation_images and not last and not cancelled:
                 preview(f"preview-{step:06d}.png")
 
-        finished = log is not None and not cancelled
-        if finished and config.method == "dti" and max(log.angle_degrees) < LEAST_ANGLE:
+        learned = config.method == "dti" and not cancelled
+        if log is not None and learned and max(log.angle_degrees) < LEAST_ANGLE:
             warnings.warn(
                 f"the vectors moved {max(log.angle_degrees):.1f} degrees from the initial word, so hardly anything was "
                 "learned: try a larger --learning_rate, more --max_train_steps, or a smaller --kappa",

@@ -4,10 +4,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dti_fast.trainer.run import Result
+from dti_fast.trainer.result import Result
 
 LOGGERS = {
     "console": "dti_fast.trainer.loggers.console:Console",
@@ -79,7 +77,7 @@ class Logger:
     def preview(self, step: int, path: Path) -> None:
         """After pictures were drawn."""
 
-    def end(self, result: "Result | None") -> None:
+    def end(self, result: Result | None) -> None:
         """At the end, always; None if the run failed."""
 
 
