@@ -304,7 +304,7 @@ def test_command_line(tmp_path):
     run = dti_fast("convert", path, tmp_path / "out.safetensors")
     refused(run, f'dti-fast convert "{path}" "x.safetensors" --allow_pickle', tmp_path / "out.safetensors")
     run = dti_fast("convert", path, "/proc/out.safetensors", "--allow_pickle")
-    refused(run, "/proc/out.safetensors.tmp")
+    refused(run, "/proc/out.safetensors")
     run = dti_fast("convert", path, tmp_path / "out.safetensors", "--allow_pickle", "--renorm", "0.5")
     assert run.returncode == 0, run.stderr
     assert "out.safetensors" in run.stdout

@@ -76,6 +76,7 @@ def start(*arguments, code: str | None = None) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)], env=ENVIRONMENT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
     )  # fmt: skip
 
 
