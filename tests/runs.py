@@ -52,8 +52,8 @@ def command(*arguments) -> subprocess.CompletedProcess:
 
 # What a run may have said when it is refused: its phases and summary, and warnings.
 SAID_BEFORE = (
-    "warning: ", "planning", "counting", "loading the model", "encoding the pictures", "model: ", "pictures: ", "not used: ",
-    "prompts: ", "concept: ", "steps: ", "step ", "resuming",
+    "warning: ", "planning", "counting", "loading the model", "encoding the pictures", "model: ", "pictures: ",
+    "not used: ", "prompts: ", "concept: ", "steps: ", "step ", "resuming",
 )  # fmt: skip
 
 
