@@ -77,7 +77,7 @@ class Session:
 
     @property
     def backbone(self) -> Backbone:
-        """The model; loaded by now."""
+        """The model, loaded by now; where --base_precision auto has not been decided by a run, not quantised."""
         base_precision = self._settings["base_precision"]
         return self._load(base_precision if base_precision in PRECISIONS else None, Loggers([]))
 

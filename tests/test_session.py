@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 import dti_fast
 from dti_fast import Session, TrainConfig
+from dti_fast.backbones.load import load_backbone
 from dti_fast.errors import UserError
 from dti_fast.files import hash_tensors
 from dti_fast.trainer.loggers import Logger
@@ -108,20 +108,21 @@ def test_concepts_in_turn_equal_fresh_processes(tiny_pipelines, pictures, tmp_pa
             assert all(torch.equal(kept[key], alone[key]) for key in alone), (name, file)
 
 
-def test_second_concept_starts_at_once(pictures, tmp_path):
-    """On the bundled model: what passes before the first step, in this process's CPU time."""
-    started = {}
+def test_the_model_is_loaded_once(pictures, tmp_path, monkeypatch):
+    """When it is first needed, and for learning and drawing together."""
+    loaded = []
 
-    class Clock(Logger):
-        def start(self, start):
-            started["seconds"] = time.process_time() - started["from"]
+    def load(*arguments, **settings):
+        loaded.append(arguments[0])
+        return load_backbone(*arguments, **settings)
 
+    monkeypatch.setattr(dti_fast.session, "load_backbone", load)
     with Session("pocket", device="cpu") as session:
+        assert loaded == []
         for name in ("first", "second"):
-            config = TrainConfig(output_dir=tmp_path / name, max_train_steps=1, num_validation_images=0)
-            started["from"] = time.process_time()
-            session.learn(config, loggers=[Clock()])
-    assert started["seconds"] < 1.0  # measured: 0.2; the first takes several
+            session.learn(TrainConfig(output_dir=tmp_path / name, max_train_steps=1, num_validation_images=0))
+        session.draw(["a photo of a creature"], steps=1)
+    assert loaded == ["pocket"]
 
 
 def test_draw_with_and_without_a_concept(tiny_pipelines, pictures, tmp_path):
